@@ -1,0 +1,703 @@
+"""What the model is fed: pictures, expressions and boxes; and a small world to learn from.
+
+Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `to_square` and
+`to_pixels` (where a photograph lies in the model's square, there and back), `random_geometry` and
+`jitter` (training's augmentation), `DATASETS` with `read_refer` (RefCOCO's files),
+`GroundingDataset` and `collate` (samples and batches); and last the shapes data set, which is
+generated: tables of kinds, colours and words, `expression` (one sentence, proven true of exactly
+one shape), `make_scene` and `generate_shapes`.
+
+Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
+w, h: those are shares, 0 to 1, of the padded square.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from tqdm import tqdm
+
+from clip_model import HiVGError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB: alpha laid over white, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):  # I;16 or, from some formats, I: convert("RGB") would clip it
+        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def load_image(path, upright=True):
+    """A picture file as a PIL image, RGB; of an animation, the first frame.
+
+    upright: turn it as its EXIF rotation says. Right for a user's own photograph; the data sets'
+    boxes count in the pixels as stored, so their loader passes False.
+    Raises HiVGError for a file that is missing, empty, broken, no picture, or too large.
+    """
+    try:
+        if not os.path.getsize(path):
+            raise ValueError("the file is empty")
+        with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:  # the header's claim, nothing decoded yet
+                raise ValueError(f"more than {MOST_PIXELS:,} pixels")
+            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    except Exception as error:  # a decoder fed with broken data raises almost anything
+        reason = getattr(error, "strerror", None) or error
+        raise HiVGError(f"{path} cannot be read as a picture ({reason}): replace it.") from error
+
+
+# --------------------------------------------------------------------- the photograph in its square
+
+
+class Geometry(NamedTuple):
+    """Where a photograph lies in the model's square: `region` of it is drawn into `inner`."""
+
+    region: tuple  # x1, y1, x2, y2 in the photograph's pixels; for evaluation all of it
+    inner: tuple  # left, top, width, height in the square, whole pixels; the rest is padding
+    side: int  # of the square, pixels
+
+
+def letterbox(region, side, long_side=None, shares=(0.5, 0.5)):
+    """Scale a region so that its long side has `long_side` pixels, and place it in the square.
+
+    The aspect is kept up to whole pixels, the short side is at least one. `shares` says which part
+    of the padding goes to the left and to the top: one half each, for evaluation.
+    """
+    width, height = region[2] - region[0], region[3] - region[1]
+    scale = (long_side or side) / max(width, height)
+    inner = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (round((side - size) * share) for size, share in zip(inner, shares))
+    return Geometry(region, (left, top, *inner), side)
+
+
+def to_square(box, geometry):
+    """A box x1, y1, x2, y2 in the photograph's pixels -> tensor [4], cx, cy, w, h, 0..1, of the
+    square. What sticks out of the region shown is cut off."""
+    (x1, y1, x2, y2), (left, top, width, height), side = geometry
+    scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)  # they differ: sizes are rounded
+    ax, bx = (left + (min(max(x, x1), x2) - x1) * scale_x for x in (box[0], box[2]))
+    ay, by = (top + (min(max(y, y1), y2) - y1) * scale_y for y in (box[1], box[3]))
+    return torch.tensor(((ax + bx) / 2, (ay + by) / 2, bx - ax, by - ay)) / side
+
+
+def to_pixels(boxes, geometry):
+    """Tensor [..., 4] of cx, cy, w, h, 0..1, of the square -> [..., 4] of x1, y1, x2, y2 in the
+    photograph's own pixels, clipped to the photograph. The inverse of `to_square`."""
+    (x1, y1, x2, y2), (left, top, width, height), side = geometry
+    centre, half = boxes[..., :2] * side, boxes[..., 2:] * side / 2
+    corners = torch.stack((centre - half, centre + half), -2)  # [..., corner, x or y]
+    scale = boxes.new_tensor(((x2 - x1) / width, (y2 - y1) / height))
+    points = (corners - boxes.new_tensor((left, top))) * scale + boxes.new_tensor((x1, y1))
+    points = points.clamp(boxes.new_tensor((x1, y1)), boxes.new_tensor((x2, y2)))
+    return points.flatten(-2)  # [..., 4]
+
+
+def cut(image, geometry):
+    """The region of a PIL image, resized to `inner`, as PIL image."""
+    return image.resize(geometry.inner[2:], Image.BILINEAR, box=geometry.region)
+
+
+def in_square(image, geometry, mean, std):
+    """What `cut` gives, as the square that the model sees: float32 [3, S, S], normalised, 0 in the
+    padding; and bool [S, S], True where it is padding."""
+    left, top, width, height = geometry.inner
+    inner = (slice(top, top + height), slice(left, left + width))
+    square = torch.zeros(3, geometry.side, geometry.side)
+    padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
+    mean, std = torch.tensor((mean, std)).mul_(255)  # each [3]
+    pixels = (torch.from_numpy(np.array(image)) - mean) / std  # [h, w, 3]
+    square[:, *inner] = pixels.permute(2, 0, 1)
+    padding[inner] = False
+    return square, padding
+
+
+def prepare(image, image_size, mean=CLIP_MEAN, std=CLIP_STD):
+    """A PIL image as evaluation sees it: float32 [3, S, S], padding bool [S, S], Geometry."""
+    geometry = letterbox((0, 0, *image.size), image_size)
+    return *in_square(cut(to_rgb(image), geometry), geometry, mean, std), geometry
+
+
+# ------------------------------------------------------------------------------------ augmentation
+
+PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost, topmost, ...
+
+
+def random_geometry(rng, size, box, text, side):
+    """A random crop, scale and position for training (rng: NumPy's generator; size: w, h).
+
+    The crop is that of 384 to 600 pixels a side from a photograph whose short side was made 400,
+    500 or 600: expressed in the photograph's own pixels, so that it is resized once. It keeps the
+    centre of the box, and is left out where a crop could make the expression wrong.
+    """
+    region = (0, 0, *size)
+    if rng.random() < 0.5 and not any(word in text for word in PLACE_WORDS):
+        scale = rng.choice((400, 500, 600)) / min(size)
+        starts, ends = [], []
+        for length, low, high in zip(size, box[:2], box[2:]):
+            crop = rng.integers(384, min(600, round(length * scale)) + 1) / scale
+            centre = (low + high) / 2
+            start = rng.uniform(max(0, centre - crop), min(length - crop, centre))
+            starts.append(float(max(0, start)))
+            ends.append(float(min(length, start + crop)))
+        region = (*starts, *ends)
+    step = side / 7  # 32 pixels for S = 224, where the long side becomes 224, 192, ..., 64, 56
+    long_side = max(side - step * rng.integers(7), side / 4)
+    return letterbox(region, side, long_side, rng.random(2))
+
+
+def jitter(rng, image):
+    """Brightness, contrast and saturation of a PIL image times 0.6 to 1.4, in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for choice in rng.permutation(3):
+        image = enhancers[choice](image).enhance(rng.uniform(0.6, 1.4))
+    return image
+
+
+# --------------------------------------------------------------------------------- RefCOCO's files
+
+
+ORIGIN = (
+    "get the annotations from https://web.archive.org/web/{0.stamp}/https://bvisionweb1.cs.unc.edu/"
+    "licheng/referit/data/{0.folder}.zip, and the pictures from "
+    "http://images.cocodataset.org/zips/train2014.zip (13.5 GB)"
+)
+
+
+class Source(NamedTuple):
+    """A data set in the layout of lichengunc/refer, DATA/folder/refs(split_by).p and so on."""
+
+    folder: str
+    split_by: str
+    splits: str
+    counts: tuple = ()  # published numbers of expressions, in the order of the splits
+    stamp: int = 0  # of the web archive's copy
+    origin: str = ORIGIN  # what to do when a file is missing or broken
+
+
+# fmt: off
+DATASETS = {
+    "refcoco": Source(
+        "refcoco", "unc", "train val testA testB", (120_624, 10_834, 5_657, 5_095), 20220413011718),
+    "refcoco+": Source(
+        "refcoco+", "unc", "train val testA testB", (120_191, 10_758, 5_726, 4_889), 20220413011656),
+    "refcocog": Source("refcocog", "umd", "train val test", (80_512, 4_896, 9_602), 20220413012904),
+    "refcocog-google": Source("refcocog", "google", "train val", (85_474, 9_536), 20220413012904),
+    "shapes": Source("shapes", "unc", "train val testA testB",
+                     origin="remove that folder, and the next run generates it anew"),
+}
+# fmt: on
+PICTURES = (  # where a picture may lie below the data root
+    "{folder}/images/{name}",
+    "images/mscoco/images/train2014/{name}",
+    "train2014/{name}",
+    "images/train2014/{name}",
+    "train2017/{id:012d}.jpg",  # COCO 2017 has the same pictures, named by their id alone
+)
+
+
+class Sample(NamedTuple):
+    """One expression and the object it is true of."""
+
+    image: str  # the picture's path
+    text: str  # lower case
+    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the picture
+    ref_id: int
+    image_id: int
+    object_id: int  # the annotation's id
+    size: tuple  # width, height that the annotations say
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no plain data")
+
+
+def refs_by_split(file):
+    """An open refs(...).p, as Python 2 or 3 wrote it -> {split: list of refs, which are dicts}."""
+    splits = {}
+    for ref in PlainUnpickler(file, encoding="latin-1").load():
+        splits.setdefault(ref["split"], []).append(ref)
+    return splits
+
+
+def read_file(name, data_root, file_name, read):
+    """read(open file) of one of a data set's files. Any failure is a HiVGError that says what the
+    matter is and where to get the file. The shapes data set is generated if it is not there."""
+    if name not in DATASETS:
+        raise HiVGError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    source = DATASETS[name]
+    folder = os.path.join(data_root, source.folder)
+    if name == "shapes" and not os.path.exists(folder):
+        generate_shapes(folder)
+    path = os.path.join(folder, file_name.format(source))
+    try:
+        with open(path, "rb") as file:
+            return read(file)
+    except Exception as error:  # broken pickles raise almost anything
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise HiVGError(f"{path}: {reason}; {source.origin.format(source)}.") from error
+
+
+def available_splits(name, data_root):
+    """The splits of a data set that its file really holds, in the table's order."""
+    refs = read_file(name, data_root, "refs({0.split_by}).p", refs_by_split)
+    return [split for split in DATASETS[name].splits.split() if split in refs]
+
+
+def read_refer(name, split, data_root):
+    """Samples of one split in the refer layout, and notes on what was left out or changed.
+
+    Returns a list of Sample and a list of str. Raises HiVGError with one sentence for unknown names
+    and for files that are missing, broken, or do not fit together.
+    """
+    refs = read_file(name, data_root, "refs({0.split_by}).p", refs_by_split)
+    source = DATASETS[name]
+    if split not in source.splits.split():
+        raise HiVGError(f"{name} has no split {split!r}: choose one of {source.splits}.")
+    folder = os.path.join(data_root, source.folder)
+    if split not in refs:
+        raise HiVGError(f"{folder} holds no refs of split {split!r}, only of {', '.join(refs)}.")
+    instances = read_file(name, data_root, "instances.json", json.load)
+    samples, flat, empty, clipped = [], [], 0, 0
+    try:
+        boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
+        pictures = {picture["id"]: picture for picture in instances["images"]}
+        for ref in refs[split]:
+            ids = int(ref["ref_id"]), int(ref["image_id"]), int(ref["ann_id"])
+            picture = pictures[ref["image_id"]]
+            fields = {"folder": source.folder, "name": picture["file_name"], "id": ids[1]}
+            places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES]
+            size = width, height = int(picture["width"]), int(picture["height"])
+            x, y, w, h = map(float, boxes[ref["ann_id"]])
+            box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
+            if not math.isfinite(x + y + w + h) or box[0] >= box[2] or box[1] >= box[3]:
+                flat.append(str(ref["ref_id"]))
+                continue
+            clipped += box != (x, y, x + w, y + h)
+            path = next(filter(os.path.isfile, places), None)
+            if path is None:
+                origin = source.origin.format(source)
+                raise HiVGError(f"There is none of {', '.join(places)}: {origin}.")
+            texts = [sentence["sent"].strip().lower() for sentence in ref["sentences"]]
+            samples += [Sample(path, text, box, *ids, size) for text in texts if text]
+            empty += texts.count("")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise HiVGError(
+            f"The refs and instances.json in {folder} do not fit together or lack something "
+            f"({type(error).__name__}: {error}): {source.origin.format(source)}."
+        ) from error
+    notes = {
+        "empty expressions left out": empty,
+        f"boxes without area left out, ref_id {', '.join(flat)}": len(flat),
+        "boxes clipped to their picture": clipped,
+    }
+    return samples, [f"{number} {note}" for note, number in notes.items() if number]
+
+
+# ------------------------------------------------------------------------------ samples and batches
+
+
+class GroundingDataset(torch.utils.data.Dataset):
+    """The expressions of one split. Item [i] is a dict:
+
+    image    float32 [3, S, S], normalised, 0 in the padding
+    padding  bool [S, S], True where a pixel is padding
+    text     str
+    box      float32 [4]: cx, cy, w, h, 0..1, of the padded square
+    object   int64 [2]: image id and object id, the same for all expressions of one object
+    index    int: i
+
+    augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
+    is drawn for an item depends on seed, stage, epoch and index alone, never on the worker or on
+    what was read before. cache keeps the resized pictures in memory (without augment only): for
+    small data sets. `report` says what was left out of the files.
+    """
+
+    def __init__(  # fmt: skip
+        self,
+        name,
+        split,
+        data_root,
+        image_size=224,
+        augment=False,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        cache=False,
+        seed=0,
+    ):
+        self.name, self.split = name, split
+        self.samples, self.report = read_refer(name, split, data_root)
+        self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
+        self.cache = {} if cache and not augment else None  # path -> what `cut` gave, Geometry
+        self.seed, self.stage, self.epoch = seed, 0, 0
+
+    def __len__(self):
+        return len(self.samples)
+
+    def set_epoch(self, stage, epoch):
+        """Before each epoch (and before its DataLoader starts workers): which one it is."""
+        self.stage, self.epoch = stage, epoch
+
+    def read(self, sample, index):
+        """The sample's picture, cut and resized, PIL or uint8 array [h, w, 3]; and its Geometry."""
+        if self.cache is not None and sample.image in self.cache:
+            return self.cache[sample.image]
+        image = load_image(sample.image, upright=False)
+        if image.size != sample.size:
+            raise HiVGError(
+                f"{sample.image} has {image.width} x {image.height} pixels, its annotations are "
+                "for {} x {}: get the original picture.".format(*sample.size)
+            )
+        if self.augment:
+            rng = np.random.default_rng([self.seed, self.stage, self.epoch, index])
+            geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
+            image = cut(image, geometry)
+            return jitter(rng, image) if rng.random() < 0.8 else image, geometry
+        geometry = letterbox((0, 0, *image.size), self.image_size)
+        pixels = np.array(cut(image, geometry))
+        if self.cache is not None:
+            self.cache[sample.image] = pixels, geometry
+        return pixels, geometry
+
+    def __getitem__(self, index):
+        index = range(len(self.samples))[index]
+        sample = self.samples[index]
+        pixels, geometry = self.read(sample, index)
+        image, padding = in_square(pixels, geometry, self.mean, self.std)
+        box = to_square(sample.box, geometry)
+        ids = torch.tensor((sample.image_id, sample.object_id))
+        item = {"image": image, "padding": padding, "text": sample.text}
+        return {**item, "box": box, "object": ids, "index": index}
+
+
+def collate(items, tokenize, multiple=4):
+    """Items of a GroundingDataset -> a batch, a dict:
+
+    images [B, 3, S, S], padding [B, S, S], tokens int64 [B, T], boxes [B, 4], objects [B, 2],
+    indices [B], texts list of str. T is the length of the longest text, rounded up to a multiple
+    (few different lengths: CPU kernels are built anew for each). tokenize: list of str -> [B, 77].
+    """
+    texts = [item["text"] for item in items]
+    tokens = tokenize(texts)  # [B, 77], 0 after the end token, which is the largest id of its row
+    longest = int(tokens.argmax(1).max()) + 1
+    tokens = tokens[:, : math.ceil(longest / multiple) * multiple]  # [B, T], 77 at most
+    names = {"image": "images", "padding": "padding", "box": "boxes", "object": "objects"}
+    batch = {many: torch.stack([item[one] for item in items]) for one, many in names.items()}
+    indices = torch.tensor([item["index"] for item in items])
+    return {**batch, "tokens": tokens, "indices": indices, "texts": texts}
+
+
+# ------------------------------------------------------------------------------ the shapes data set
+
+SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
+TRAIN_SCENES = 8_000
+CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
+EVERYTHING = ("attributes", "place", "relation")
+SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
+    "val": (240, (3, 4, 5), 6, EVERYTHING),
+    "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
+    "testB": (150, (3, 4, 5), 6, ("relation",)),
+    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 8, EVERYTHING),
+}
+# fmt: off
+TURN = [math.tau * step / 40 for step in range(40)]
+KINDS = {  # polygons in a box of 100 x 100, y downwards
+    "circle": [(50 + 50 * math.cos(t), 50 + 50 * math.sin(t)) for t in TURN],
+    "square": [(0, 0), (100, 0), (100, 100), (0, 100)],
+    "triangle": [(50, 0), (100, 100), (0, 100)],
+    "diamond": [(50, 0), (100, 50), (50, 100), (0, 50)],
+    "star": [(50, 0), (63, 36), (100, 38), (71, 62), (81, 100), (50, 78), (19, 100), (29, 62),
+             (0, 38), (37, 36)],
+    "heart": [(50 + 50 * math.sin(t) ** 3, 42 - 45 * math.cos(t) + 18 * math.cos(2 * t)
+               + 7 * math.cos(3 * t)) for t in TURN],
+    "cross": [(33, 0), (67, 0), (67, 33), (100, 33), (100, 67), (67, 67), (67, 100), (33, 100),
+              (33, 67), (0, 67), (0, 33), (33, 33)],
+}
+COLOURS = {
+    "red": (214, 38, 38), "orange": (248, 142, 22), "yellow": (250, 222, 42),
+    "green": (48, 158, 62), "blue": (42, 92, 216), "purple": (136, 54, 176),
+    "pink": (250, 152, 196), "black": (38, 38, 42),
+}
+SIZES = {"small": (0.24, 0.32), "big": (0.42, 0.58)}  # of the side
+WORDS = {  # how people call it, the usual way twice; every other word stands for itself
+    None: "one|thing|shape|object", "small": "small|small|little|tiny", "big": "big|big|large",
+    "purple": "purple|purple|violet", "circle": "circle|circle|disc|round thing",
+    "square": "square|square|box", "diamond": "diamond|diamond|rhombus",
+    "heart": "heart|heart|love heart", "cross": "cross|cross|plus sign",
+}
+
+
+def beside(along, across):
+    """How far something lies to one side: clearly so only where it is not as far to another."""
+    return along if along <= 0 else max(0.01, along - abs(across) / 2)
+
+
+# Templates; how much it is so for a shape at x, y (right and down, in shares of the side, from the
+# picture's centre, for relations from the other shape's); and whether that is a superlative.
+PLACES = (
+    ("left most {}|leftmost {}|{} furthest to the left", lambda x, y: -x, True),
+    ("right most {}|rightmost {}|{} furthest to the right", lambda x, y: x, True),
+    ("top most {}|highest {}|uppermost {}", lambda x, y: -y, True),
+    ("bottom most {}|lowest {}|{} furthest down", lambda x, y: y, True),
+    ("left {}|{} on the left|{} on left side", lambda x, y: -x, False),
+    ("right {}|{} on the right|{} on right side", lambda x, y: x, False),
+    ("top {}|upper {}|{} at the top", lambda x, y: -y, False),
+    ("bottom {}|lower {}|{} at the bottom", lambda x, y: y, False),
+    ("top left {}|{} in the top left corner|{} upper left", lambda x, y: min(-x, -y), False),
+    ("top right {}|{} in the top right corner|{} upper right", lambda x, y: min(x, -y), False),
+    ("bottom left {}|{} in the bottom left corner|{} lower left", lambda x, y: min(-x, y), False),
+    ("bottom right {}|{} in the bottom right corner|{} lower right", lambda x, y: min(x, y), False),
+    ("middle {}|center {}|{} in the middle", lambda x, y: 0.25 - max(abs(x), abs(y)), False),
+)
+RELATIONS = (
+    ("{} left of {}|{} to the left of {}", lambda x, y: beside(-x, y), False),
+    ("{} right of {}|{} to the right of {}", lambda x, y: beside(x, y), False),
+    ("{} above {}|{} over {}", lambda x, y: beside(-y, x), False),
+    ("{} below {}|{} under {}|{} beneath {}", lambda x, y: beside(y, x), False),
+    ("{} closest to {}|{} nearest to {}|{} next to {}", lambda x, y: -math.hypot(x, y), True),
+    ("{} farthest from {}|{} furthest away from {}", lambda x, y: math.hypot(x, y), True),
+)
+# fmt: on
+
+
+class Shape(NamedTuple):
+    """One shape of a scene; its first three fields are what a description may say of it."""
+
+    size: str
+    colour: str
+    kind: str
+    box: tuple  # x1, y1, x2, y2 in half pixels, whole numbers: the same on every machine
+    x: float  # of the box's centre, from the picture's, in shares of the side
+    y: float
+
+
+def overlap(a, b):
+    """The area that two boxes share."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(width, 0) * max(height, 0)
+
+
+def arrange(rng, count):
+    """`count` shapes, in drawing order, of few kinds and colours, none hidden by over a quarter.
+
+    A shape fills a third of its box or more; later boxes overlap at most a twelfth of it.
+    """
+    kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), rng.choice((2, 3)))
+    shapes, tries = [], 0
+    while len(shapes) < count:
+        if tries % (30 * count) == 0:  # a scene that does not come out is begun again
+            shapes, sizes = [], [rng.choice(list(SIZES)) for _ in range(count)]
+        tries += 1
+        side = 2 * SIDE * rng.uniform(*SIZES[sizes[len(shapes)]])
+        w, h = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
+        x, y = rng.randint(2, 2 * SIDE - 2 - w), rng.randint(2, 2 * SIDE - 2 - h)
+        look = sizes[len(shapes)], rng.choice(colours), rng.choice(kinds), (x, y, x + w, y + h)
+        scene = [
+            *shapes,
+            Shape(*look, (x + w / 2 - SIDE) / 2 / SIDE, (y + h / 2 - SIDE) / 2 / SIDE),
+        ]
+        hidden = [sum(overlap(s.box, t.box) for t in scene[i + 1 :]) for i, s in enumerate(scene)]
+        if all(12 * area <= overlap(s.box, s.box) for area, s in zip(hidden, scene)):
+            shapes = scene
+    return shapes
+
+
+def describe(rng, shape):
+    """What to say of a shape: size, colour, kind; None for what stays unsaid."""
+    return tuple(word if rng.random() < p else None for p, word in zip((0.4, 0.6, 0.75), shape))
+
+
+def matching(shapes, description):
+    """The shapes of which a description is true."""
+    return [s for s in shapes if all(said in (None, is_) for said, is_ in zip(description, s))]
+
+
+def phrase(rng, description):
+    """A description in words: "little red disc", "red one"."""
+    words = [word for word in description[:2] if word] + [description[2]]
+    return " ".join(rng.choice(WORDS.get(word, word).split("|")) for word in words)
+
+
+def holds(degree, superlative, target, others):
+    """Whether something is true of the target and of no other, with a clear margin: CLEAR between
+    yes and no, or a lead of GAP over the next one. degree: function of a Shape."""
+    if superlative:
+        return bool(others) and degree(target) - max(map(degree, others)) >= GAP
+    return degree(target) >= CLEAR and all(degree(other) <= 0 for other in others)
+
+
+def expression(rng, shapes, category):
+    """One try at an expression: (text, number of the shape it is true of), or None where it is not
+    proven to be true of that one alone, or says more than one needs."""
+    target = rng.choice(shapes)
+    said = describe(rng, target)
+    rivals = [shape for shape in matching(shapes, said) if shape is not target]
+    words = [phrase(rng, said)]
+    if category == "attributes":
+        ways, proven = "{}", any(said) and not rivals
+    elif category == "place":
+        ways, degree, superlative = rng.choice(PLACES)
+        proven = holds(lambda s: degree(s.x, s.y), superlative, target, rivals)
+        proven = proven and (rivals or len(shapes) == 1)
+    else:
+        ways, degree, superlative = rng.choice(RELATIONS)
+        other = rng.choice(shapes)
+        name = describe(rng, other)  # has to say by itself which one is meant
+        words.append("the " + phrase(rng, name))
+        proven = rivals and other is not target and matching(shapes, name) == [other]
+        rivals = [shape for shape in rivals if shape is not other]
+        beyond = lambda s: degree(s.x - other.x, s.y - other.y)  # noqa: E731
+        proven = proven and holds(beyond, superlative, target, rivals)
+    text = rng.choice(("", "", "the ")) + rng.choice(ways.split("|")).format(*words)
+    return (text, shapes.index(target)) if proven else None
+
+
+def caption(rng, shapes):
+    """What is in a scene: two or three of the shapes, or all, mostly with where they are."""
+    parts = []
+    for shape in rng.sample(shapes, min(rng.choice((2, 3, 5)), len(shapes))):
+        name = phrase(rng, (rng.choice((shape.size, None)), shape.colour, shape.kind))
+        true = [ways for ways, degree, most in PLACES[4:] if degree(shape.x, shape.y) >= CLEAR]
+        where = [way for ways in true for way in ways.split("|") if way.startswith("{}")]
+        way = rng.choice(where) if where and rng.random() < 0.75 else "{}"
+        parts.append(way.format(("an " if name[0] in "aeiou" else "a ") + name))
+    return rng.choice((" and ", ", ")).join(parts)
+
+
+def draw(rng, shapes):
+    """The scene as JPEG bytes: shapes with thin dark outlines on a light, shaded background."""
+    slope = np.linspace(-1, 1, 2 * SIDE)
+    shade = rng.uniform(-14, 14) * slope[:, None] + rng.uniform(-14, 14) * slope  # [2 S, 2 S]
+    light = shade[..., None] + [rng.uniform(205, 240) for _ in "rgb"]  # [2 S, 2 S, 3]
+    image = Image.fromarray(light.astype(np.uint8))
+    for shape in shapes:
+        x1, y1, x2, y2 = shape.box
+        scale_x, scale_y = (x2 - x1 - 1) / 100, (y2 - y1 - 1) / 100
+        points = [(x1 + x * scale_x, y1 + y * scale_y) for x, y in KINDS[shape.kind]]
+        fill = tuple(round(max(0, c - rng.uniform(0, 28))) for c in COLOURS[shape.colour])
+        ImageDraw.Draw(image).polygon(points, fill, tuple(value // 3 for value in fill), 2)
+    noise = np.random.RandomState(rng.getrandbits(32)).normal(0, 5, (SIDE, SIDE, 3))
+    pixels = (np.asarray(image.reduce(2)) + noise).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
+    return file.getvalue()
+
+
+def make_scene(job):
+    """(split, number) -> shapes, {text: number of the shape}, captions, JPEG bytes."""
+    rng = random.Random("{} {}".format(*job))
+    _, counts, wanted, categories = SPLITS[job[0]]
+    shapes, texts = arrange(rng, rng.choice(counts)), {}
+    for category in itertools.islice(itertools.cycle(categories), wanted):
+        tries = (expression(rng, shapes, category) for _ in range(100))
+        found = (pair for pair in tries if pair and pair[0] not in texts)
+        texts.update(itertools.islice(found, 1))
+    captions = [caption(rng, shapes) for _ in range(4)] if job[0] == "train" else []
+    return shapes, texts, captions, draw(rng, shapes)
+
+
+def learn_merges(words):
+    """BPE merges, in order, with which each of the words becomes one token: list of pairs.
+
+    A word is first encoded with the merges there are, then merged to its end with new ones. These
+    rank behind all earlier ones and so leave the words before it as they were.
+    """
+    ranks = {}
+    for word in sorted(words):
+        symbols = [*word[:-1], word[-1] + "</w>"]
+        while len(symbols) > 1:
+            pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(pair, len(ranks))
+            merged = []
+            while symbols:
+                size = 2 if tuple(symbols[:2]) == pair else 1
+                merged.append("".join(symbols[:size]))
+                del symbols[:size]
+            symbols = merged
+    return list(ranks)
+
+
+def generate_shapes(folder):
+    """Write the shapes data set into a folder that is not there yet: instances.json, refs(unc).p
+    and images/ in RefCOCO's layout; captions.json, {file name: captions} of the train scenes; and
+    bpe_vocab.txt.gz, a vocabulary in the format of CLIP's. A folder is complete or not there: it is
+    made under another name and renamed at the end.
+    """
+    half = os.path.normpath(folder) + ".unfinished"
+    shutil.rmtree(half, ignore_errors=True)
+    os.makedirs(os.path.join(half, "images"))
+    pictures, annotations, refs, captions, words, split_of = [], [], [], {}, set(), {}
+    sent_ids = itertools.count(1)
+    jobs = [(split, number) for split in SPLITS for number in range(SPLITS[split][0])]
+    with multiprocessing.Pool() as pool:
+        scenes = pool.imap(make_scene, jobs, chunksize=50)
+        for (split, _), scene in zip(tqdm(jobs, "making shapes", unit="scene"), scenes):
+            shapes, texts, told, jpeg = scene
+            look = frozenset(
+                (*shape[:3], round(8 * shape.x), round(8 * shape.y)) for shape in shapes
+            )
+            if split_of.setdefault(look, split) != split:
+                continue  # much the same scene is in another split already
+            picture = {"id": len(pictures) + 1, "width": SIDE, "height": SIDE}
+            picture["file_name"] = name = f"shapes_{picture['id']:06d}.jpg"
+            pictures.append(picture)
+            with open(os.path.join(half, "images", name), "wb") as file:
+                file.write(jpeg)
+            if told:
+                captions[name] = told
+            words.update(" ".join([*texts, *told]).replace(",", "").split())
+            for number, shape in enumerate(shapes):
+                ids = {"image_id": picture["id"], "category_id": list(KINDS).index(shape.kind) + 1}
+                x1, y1, x2, y2 = (value / 2 for value in shape.box)  # half pixels -> pixels
+                note = {"id": len(annotations) + 1, **ids, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+                note["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+                annotations.append({**note, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+                own = [text for text, of in texts.items() if of == number]
+                for three in filter(None, (own[:3], own[3:6], own[6:])):  # a ref has up to three
+                    ref = {"ref_id": len(refs) + 1, "ann_id": note["id"], **ids, "split": split}
+                    ref["file_name"] = name.replace(".jpg", f"_{note['id']}.jpg")
+                    ref["sentences"] = [
+                        {
+                            "sent_id": next(sent_ids),
+                            "sent": text,
+                            "raw": text,
+                            "tokens": text.split(),
+                        }
+                        for text in three
+                    ]
+                    ref["sent_ids"] = [sentence["sent_id"] for sentence in ref["sentences"]]
+                    refs.append(ref)
+    categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
+    instances = {"images": pictures, "annotations": annotations, "categories": categories}
+    merges = ["# version: shapes", *map(" ".join, learn_merges(words))]
+    files = {
+        "instances.json": json.dumps(instances).encode(),
+        "captions.json": json.dumps(captions).encode(),
+        "refs(unc).p": pickle.dumps(refs, protocol=2),
+        "bpe_vocab.txt.gz": gzip.compress("\n".join(merges).encode(), mtime=0),
+    }
+    for name, content in files.items():
+        with open(os.path.join(half, name), "wb") as file:
+            file.write(content)
+    os.replace(half, folder)

@@ -1,0 +1,227 @@
+"""Evaluation: Acc@0.5 and mean IoU per split, one expression on one photograph, and contact sheets.
+
+    python evaluate.py runs/shapes/best.pt --dataset shapes                          # all splits but train
+    python evaluate.py runs/refcoco/best.pt --dataset refcoco --split testA --data-root data
+    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man in the red jacket" --output found.jpg
+
+Reading order: ground (one photograph), predict and evaluate (a split), contact_sheet, main.
+"""
+
+import argparse
+import json
+import math
+import sys
+import textwrap
+from argparse import RawDescriptionHelpFormatter as RawText
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from clip_model import HiVGError, replacing
+from data import (
+    DATASETS,
+    GroundingDataset,
+    available_splits,
+    collate,
+    letterbox,
+    load_image,
+    prepare,
+    to_pixels,
+)
+from hivg import box_iou, cxcywh_to_xyxy, load_checkpoint
+
+
+@torch.inference_mode()
+def ground(model, image, text):
+    """The box of what `text` means in a PIL image: (x1, y1, x2, y2) in its pixels.
+
+    Raises HiVGError if the expression is empty.
+    """
+    if not text.strip():
+        raise HiVGError("The expression is empty: say in words which object is meant.")
+    config, device = model.config, next(model.parameters()).device
+    square, padding, geometry = prepare(image, config.image_size, config.mean, config.std)
+    tokens = model.tokenize(text.lower())
+    box = model(square[None].to(device), tokens.to(device), padding[None].to(device)).boxes[0]
+    return tuple(to_pixels(box.cpu(), geometry).tolist())
+
+
+@torch.inference_mode()
+def predict(model, dataset, batch_size=64, workers=0):
+    """Boxes of a whole data set, in its order: (predicted, true), each [len(dataset), 4] as cx, cy, w, h."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        collate_fn=partial(collate, tokenize=model.tokenize),
+    )
+    found, true = [], []
+    for batch in tqdm(loader, desc="  evaluating", leave=False):
+        images, tokens, padding = (batch[k].to(device) for k in ("images", "tokens", "padding"))
+        found.append(model(images, tokens, padding).boxes.cpu())
+        true.append(batch["boxes"])
+    model.train(was_training)
+    return torch.cat(found), torch.cat(true)
+
+
+def ious(found, true):
+    """IoU of predicted boxes, clipped to the square, with the true ones: [N, 4], [N, 4] -> [N]."""
+    return box_iou(cxcywh_to_xyxy(found).clamp(0, 1), cxcywh_to_xyxy(true))
+
+
+def evaluate(model, dataset, workers=0):
+    """{"split", "expressions", "acc", "miou"} of a split; acc is Acc@0.5, both in percent."""
+    iou = ious(*predict(model, dataset, workers=workers))
+    return {
+        "split": dataset.split,
+        "expressions": len(dataset),
+        "acc": round(100 * (iou >= 0.5).float().mean().item(), 2),
+        "miou": round(100 * iou.mean().item(), 2),
+    }
+
+
+def table(rows):
+    """The rows of `evaluate` as lines of text."""
+    lines = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
+    return "\n".join(
+        lines
+        + [f"{r['split']:8} {r['expressions']:11} {r['acc']:7.2f}% {r['miou']:7.2f}%" for r in rows]
+    )
+
+
+# -------------------------------------------------------------------------------------------------- pictures
+
+TRUE_COLOUR, FOUND_COLOUR = (30, 160, 60), (220, 40, 30)
+
+
+def draw_box(image, box, colour, width):
+    """Draw (x1, y1, x2, y2) in place."""
+    ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
+
+
+def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
+    """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7.
+
+    Green is the true box, red the one found; below each their IoU and the expression.
+    """
+    count = min(count, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    found, true = predict(model, torch.utils.data.Subset(dataset, chosen))
+    overlap = ious(found, true)
+    font = ImageFont.load_default(14)
+    height = side + 44
+    sheet = Image.new("RGB", (columns * (side + 8), math.ceil(count / columns) * height), "white")
+    for place, index in enumerate(chosen):
+        sample = dataset.samples[index]
+        picture = load_image(sample.image, upright=False)
+        found_box = to_pixels(
+            found[place], letterbox((0, 0, *picture.size), model.config.image_size)
+        )
+        for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
+            draw_box(picture, box, colour, max(1, round(max(picture.size) / 120)))
+        x, y = place % columns * (side + 8), place // columns * height
+        scale = side / max(picture.size)
+        sheet.paste(
+            picture.resize([max(1, round(v * scale)) for v in picture.size]), (x + 4, y + 4)
+        )
+        lines = textwrap.wrap(f"{overlap[place]:.2f}  {sample.text}", 34)[:2]
+        ImageDraw.Draw(sheet).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
+    with replacing(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0):
+    """Evaluate splits of a data set; print the table, write results_NAME.json and a contact sheet into `output`."""
+    rows, config = [], model.config
+    for split in splits:
+        dataset = GroundingDataset(
+            name, split, data_root, config.image_size, mean=config.mean, std=config.std
+        )
+        rows.append(evaluate(model, dataset, workers))
+        contact_sheet(model, dataset, output / f"{name}_{split}.png")
+    print(table(rows))
+    content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
+    with replacing(output / f"results_{name}.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{output}: results_{name}.json, {name}_SPLIT.png")
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def pick_device(name=None):
+    """The device asked for, or the best there is: cuda, mps, cpu."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = next((kind for kind, is_there in there.items() if is_there), "cpu")
+    try:
+        return torch.empty(0, device=name or found).device
+    except (RuntimeError, AssertionError) as error:
+        raise HiVGError(
+            f"There is no device {name!r} here: leave --device out to have {found}."
+        ) from error
+
+
+def exit_with(job, args):
+    """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
+    try:
+        job(args)
+    except HiVGError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: what was finished is kept")
+
+
+def run(args):
+    checkpoint = Path(args.checkpoint)
+    model = load_checkpoint(checkpoint, pick_device(args.device))
+    if args.dataset:
+        splits = args.split or [
+            s for s in available_splits(args.dataset, args.data_root) if s != "train"
+        ]
+        output = Path(args.output or checkpoint.parent)
+        evaluate_splits(
+            model, checkpoint, args.dataset, splits, args.data_root, output, args.workers
+        )
+        return
+    path = Path(args.output or Path(args.image).stem + "_found.png")
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
+    image = load_image(args.image)
+    box = ground(model, image, args.text)
+    print(f"{args.image}: {args.text}: " + " ".join(f"{value:.1f}" for value in box))
+    draw_box(image, box, FOUND_COLOUR, max(1, round(max(image.size) / 120)))
+    with replacing(path) as temporary:
+        image.save(temporary, kind)
+    print(f"drawn into {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
+    add = parser.add_argument
+    add("checkpoint", help="best.pt or last.pt of train.py")
+    add("--dataset", help="evaluate this data set")
+    add("--split", nargs="+", help="these splits of it (default: all but train)")
+    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    add("--image", help="or find something in this photograph")
+    add("--text", help="what to find there")
+    add(
+        "--output",
+        help="the picture to draw; for a data set, the folder of the results (default: the checkpoint's)",
+    )
+    add("--device", help="cuda, mps or cpu (default: the best there is)")
+    add("--workers", type=int, default=0, help="processes that read photographs")
+    args = parser.parse_args()
+    if bool(args.dataset) == bool(args.image) or bool(args.image) != bool(args.text is not None):
+        parser.error("give either --dataset, or --image and --text")
+    exit_with(run, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,433 @@
+"""HiVG (ACM MM 2024, arXiv 2404.13400): one image and one expression -> one box.
+
+Reading order: HiVGConfig, boxes (IoU, GIoU), Bridge (MACB), GroundingLayer, HiVG (the whole path in `forward`), losses,
+checkpoints. The two towers are in clip_model.py, the adapters in lora.py.
+
+Letters: B samples, S image side and P patch side in pixels, N = (S / P)^2 patches, T text tokens, L visual layers (numbered
+from 1), d_v and d_t widths of CLIP's towers, D CLIP's joint width. Boxes are (cx, cy, w, h) in 0..1 of the padded square unless
+a name says otherwise. Masks say what is True in their name: `*_padding` is True where there is padding. "D1", "D2", ... refer to
+the README's list of differences from the poster and from its authors' released code.
+"""
+
+import io
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lora
+from clip_model import CLIP, CLIPConfig, HiVGError, QuickGELU, Tokenizer, attend, clip_tokenizer
+from clip_model import read_weights, replacing
+
+LORA_TARGETS = {
+    "attn.in_proj": 3,
+    "attn.out_proj": 1,
+}  # q, k, v (three row blocks of one matrix) and out
+STAGES = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up (stage 0)
+TINY = 1e-16  # smaller areas count as none; its square is still a float32, so gradients stay finite
+LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
+
+
+@dataclass
+class HiVGConfig:
+    """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every checkpoint."""
+
+    image_size: int = 224
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    visual_layers: tuple = (1, 4, 8, 12)  # V: their outputs are the multi-level features
+    bridge_layers: tuple = (1, 4, 8, 12)  # C: they hold a bridge
+    text_layers: tuple = (12,)  # f^i that the bridges read
+    grounding_layers: int = 6
+    heads: int = 8
+    feedforward: int = 2048
+    region_width: int = 3072  # hidden width of the RTCC head
+    dropout: float = 0.1
+    adapters: str = "hilora"  # a key of ADAPTERS
+    groups: int = STAGES
+    rank: int = 32
+    alpha: float = 16
+    lora_dropout: float = 0.1
+    stage: int = 0  # 0: warm-up, before the first LoRA pair
+
+    ADAPTERS = ("hilora", "vanilla", "none")
+
+    @classmethod
+    def for_clip(cls, clip_config, text_layers=(12,), **settings):
+        """The poster's layers V and C for CLIP's depth; text_layers are counted as if there were twelve."""
+        depth = clip_config.vision_layers
+        if depth == 24 and clip_config.image_size == 336:
+            levels = bridges = (12, 16, 20, 24)
+        elif depth == 24:
+            levels, bridges = (6, 12, 18, 24), (5, 11, 17, 23)
+        else:
+            levels = bridges = tuple(
+                sorted({1, max(1, round(depth / 3)), round(2 * depth / 3) or 1, depth})
+            )
+        text = sorted({math.ceil(i * clip_config.text_layers / 12) for i in text_layers})
+        return cls(visual_layers=levels, bridge_layers=bridges, text_layers=tuple(text), **settings)
+
+
+# ----------------------------------------------------------------------------------------------------- boxes
+
+
+def cxcywh_to_xyxy(boxes):
+    """(cx, cy, w, h) -> (x1, y1, x2, y2), [..., 4]."""
+    centre, size = boxes.split(2, dim=-1)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def _area(low, high):
+    return (high - low).clamp(min=0).prod(dim=-1)
+
+
+def box_iou(a, b):
+    """Intersection over union, pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N]; 0 where both have no area."""
+    overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
+    union = _area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - overlap
+    return overlap / union.clamp(min=TINY)
+
+
+def generalized_box_iou(a, b):
+    """GIoU = IoU - (hull - union) / hull (Rezatofighi et al. 2019), pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N].
+
+    In -1..1 and finite for boxes without area: their IoU counts 0, and a hull without area counts as all filled.
+    """
+    overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
+    union = _area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - overlap
+    hull = _area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
+    return overlap / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with a matrix and a bias each for q, k, v and out."""
+
+    def __init__(self, width, heads, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
+
+    def forward(self, query, key, value, key_padding):
+        """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] bool, True = ignore. Returns [B, Nq, d]."""
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        mask = ~key_padding[:, None, None, :]  # [B, 1, 1, Nk], True = attend
+        dropout = self.dropout if self.training else 0.0
+        return self.out_proj(attend(q, k, v, self.heads, mask, dropout=dropout))
+
+
+def mlp(width, hidden, activation, out=None, dropout=0.0):
+    return nn.Sequential(
+        nn.Linear(width, hidden), activation, nn.Dropout(dropout), nn.Linear(hidden, out or width)
+    )
+
+
+class Bridge(nn.Module):
+    """MACB, the multi-layer adaptive cross-modal bridge, between self-attention and MLP of a visual layer (poster, Eq. 1-3).
+
+    t = concat_i [w^i * f^i + f^i] W_proj + b;   x = x + BridgeMLP(CrossAttention(LN_b(x), t))
+    """
+
+    def __init__(self, width, text_width, text_layers, context_length, heads):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(text_layers, context_length, text_width))
+        self.W_proj = nn.Linear(text_layers * text_width, width)
+        self.norm = nn.LayerNorm(width)
+        self.attention = CrossAttention(width, heads)
+        self.mlp = mlp(width, 4 * width, QuickGELU())
+        nn.init.zeros_(self.mlp[-1].weight)  # a fresh bridge changes nothing
+        nn.init.zeros_(self.mlp[-1].bias)
+
+    def forward(self, x, features, text_padding):
+        """x [B, 1 + N, d_v], features: a list of f^i [B, T, d_t], text_padding [B, T] -> [B, 1 + N, d_v]."""
+        w = self.w[:, : text_padding.shape[1]]  # the adaptive weights of these T positions
+        t = self.W_proj(
+            torch.cat([w_i * f_i + f_i for w_i, f_i in zip(w, features)], dim=-1)
+        )  # [B, T, d_v]
+        return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
+
+
+class GroundingLayer(nn.Module):
+    """A pre-norm transformer layer; positions are added to queries and keys, not to values."""
+
+    def __init__(self, width, heads, feedforward, dropout):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = CrossAttention(width, heads, dropout)
+        self.mlp = mlp(width, feedforward, nn.ReLU(), dropout=dropout)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, positions, padding, queries=None):
+        """x [B, K, D], positions [K, D], padding [B, K] -> [B, queries, D]: the first `queries` tokens, or all."""
+        value = self.norm_1(x)
+        key = value + positions
+        x = x[:, :queries] + self.dropout(self.attention(key[:, :queries], key, value, padding))
+        return x + self.dropout(self.mlp(self.norm_2(x)))
+
+
+def grid_positions(side, width):
+    """Sines and cosines of row and column: a start for the positions of side x side patches, [side^2, width]."""
+    frequencies = 10 ** (-torch.arange(width // 4) / (width / 4)) * math.pi  # [width / 4]
+    angles = torch.linspace(0, 1, side)[:, None] * frequencies  # [side, width / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [side^2, about width]
+    return F.pad(grid, (0, width - grid.shape[1]))
+
+
+@dataclass
+class Grounding:
+    """What HiVG returns. All but `boxes` is there only if it was asked for by for_losses=True."""
+
+    boxes: torch.Tensor  # [B, 4] cx, cy, w, h in 0..1 of the padded square
+    region_logits: torch.Tensor = None  # [B, N], s_p = u . v_p
+    patch_padding: torch.Tensor = None  # [B, N] bool
+    image_vectors: torch.Tensor = None  # [B, D], normalised
+    text_vectors: torch.Tensor = None  # [B, D], normalised
+
+
+class HiVG(nn.Module):
+    """The model of spec section 1. `clip` becomes a part of it and is frozen; stage config.stage is entered."""
+
+    def __init__(self, config, clip, tokenizer=None):
+        super().__init__()
+        clip.resize(config.image_size)
+        self.config, self.tokenizer = config, tokenizer
+        sizes, depth = clip.config, clip.config.vision_layers
+        if not set(config.visual_layers) | set(config.bridge_layers) <= set(range(1, depth + 1)):
+            raise HiVGError(
+                f"The layers {config.visual_layers}, {config.bridge_layers} are not all of CLIP's 1 to {depth}."
+            )
+        d_v, D = sizes.vision_width, sizes.embed_dim
+        self.grid = config.image_size // sizes.patch_size  # patches a side
+        self.clip = clip
+        self.bridges = nn.ModuleDict(
+            {
+                str(layer): Bridge(
+                    d_v,
+                    sizes.text_width,
+                    len(config.text_layers),
+                    sizes.context_length,
+                    max(1, d_v // 64),
+                )
+                for layer in config.bridge_layers
+            }
+        )
+        self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)
+        self.text_proj = nn.Linear(D, D)
+        self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
+        self.positions = nn.Parameter(
+            torch.randn(2 + self.grid**2 + sizes.context_length, D) * 0.02
+        )
+        self.positions.data[2 : 2 + self.grid**2] += grid_positions(self.grid, D)
+        self.layers = nn.ModuleList(
+            GroundingLayer(D, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.grounding_layers)
+        )
+        self.norm = nn.LayerNorm(D)
+        self.box_head = nn.Sequential(
+            nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4)
+        )
+        self.region_norm = nn.LayerNorm(D)
+        self.region_mlp = mlp(D, config.region_width, QuickGELU())
+        if config.adapters != "none":
+            blocks = clip.visual.transformer.resblocks
+            lora.attach(blocks, LORA_TARGETS, config.rank, config.alpha, config.lora_dropout)
+        self.enter_stage(config.stage)
+
+    def enter_stage(self, stage):
+        """Warm-up (0) or stage j of HiLoRA: adds its pairs and sets what trains (spec section 2). No output changes."""
+        self.config.stage = stage
+        self.requires_grad_(True)
+        self.clip.requires_grad_(False)
+        groups = {"none": 0, "vanilla": 1, "hilora": self.config.groups}[self.config.adapters]
+        if groups:  # vanilla LoRA is HiLoRA of one group: its only pair comes in stage 1 and is trained to the end
+            lora.enter_stage(self.clip.visual.transformer.resblocks, min(stage, groups), groups)
+
+    def merge(self):
+        """Fold all LoRA pairs into the matrices, for inference."""
+        lora.merge(self.clip.visual.transformer.resblocks)
+        return self
+
+    def tokenize(self, texts):
+        """A str or a list of str -> LongTensor [N, 77], with the vocabulary that the model was trained with."""
+        self.tokenizer = self.tokenizer or clip_tokenizer()
+        return self.tokenizer(texts, self.clip.config.context_length)
+
+    def forward(self, images, tokens, padding=None, for_losses=False):
+        """images [B, 3, S, S] normalised, tokens [B, T], padding [B, S, S] bool, True = padding (None: there is none).
+
+        Returns a Grounding; `for_losses` asks for more than the boxes.
+        """
+        clip, config = self.clip, self.config
+        B, T = tokens.shape
+        ends = tokens.argmax(dim=1)  # the end token has the largest id
+        text_padding = (
+            torch.arange(T, device=tokens.device) > ends[:, None]
+        )  # [B, T]; by position: id 0 is "!" (D1)
+        patch_padding = self.pad_patches(padding, images)  # [B, N]
+
+        # the text tower is frozen and reads no image
+        with torch.no_grad():
+            states = clip.text_states(tokens)  # f^1 ... f^12, [B, T, d_t] each
+            text = clip.project_text(states[-1])  # [B, T, D]
+        features = [states[i - 1] for i in config.text_layers]
+
+        # the image tower, with LoRA in its self-attention and bridges to the text
+        x = clip.visual.embed(images)  # [B, 1 + N, d_v]
+        levels = []
+        for number, block in enumerate(clip.visual.transformer.resblocks, start=1):
+            x = x + block.attn(block.ln_1(x))
+            if str(number) in self.bridges:
+                x = self.bridges[str(number)](x, features, text_padding)
+            x = x + block.mlp(block.ln_2(x))
+            if number in config.visual_layers:
+                levels.append(x)
+        visual = self.visual_proj(torch.cat(levels, dim=-1))  # [B, 1 + N, D]
+
+        # the grounding encoder over [REG], [CLS], patches, text
+        reg = self.reg_token.to(visual.dtype).expand(B, 1, -1)
+        tokens_in = torch.cat([reg, visual, self.text_proj(text)], dim=1)  # [B, 2 + N + T, D]
+        positions = self.positions[: tokens_in.shape[1]]
+        unpadded = patch_padding.new_zeros(B, 2)  # [REG] and [CLS]
+        key_padding = torch.cat([unpadded, patch_padding, text_padding], dim=1)  # [B, 2 + N + T]
+        z = tokens_in
+        for layer in self.layers[:-1]:
+            z = layer(z, positions, key_padding)
+        z = self.norm(self.layers[-1](z, positions, key_padding, queries=None if for_losses else 1))
+        boxes = self.box_head(z[:, 0]).float().sigmoid()  # [B, 4]
+        if not for_losses:
+            return Grounding(boxes)
+
+        N, rows = self.grid**2, torch.arange(B, device=tokens.device)
+        u = F.normalize(
+            z[rows, 2 + N + ends].float(), dim=-1
+        )  # [B, D], the encoder's output at EOS
+        v = self.region_mlp(self.region_norm(z[:, 2 : 2 + N])).float()  # [B, N, D]
+        image_vectors = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj  # [B, D]
+        return Grounding(
+            boxes,
+            region_logits=(v @ u[:, :, None])[:, :, 0],
+            patch_padding=patch_padding,
+            image_vectors=F.normalize(image_vectors.float(), dim=-1),
+            text_vectors=F.normalize(text[rows, ends].float(), dim=-1),
+        )
+
+    def pad_patches(self, padding, images):
+        """padding [B, S, S] -> [B, N]: True for the patches that lie wholly in the padding."""
+        B, g = len(images), self.grid
+        if padding is None:
+            return torch.zeros(B, g * g, dtype=torch.bool, device=images.device)
+        return padding.view(B, g, -1, g, images.shape[-1] // g).all(dim=4).all(dim=2).flatten(1)
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
+    """-a_t (1 - p_t)^gamma log p_t (Lin et al. 2017), element by element."""
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p = logits.sigmoid()
+    p_t = p * targets + (1 - p) * (1 - targets)
+    a_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return a_t * (1 - p_t) ** gamma * cross_entropy
+
+
+def contrastive_loss(image, text, scale, objects):
+    """L_CLC: CLIP's symmetric cross-entropy; samples of the same image and object are no negatives of each other.
+
+    image, text [B, D] normalised; scale: CLIP's logit scale; objects [B, 2]: (image, object). Returns a scalar.
+    """
+    logits = scale * image @ text.T  # [B, B]
+    same = (objects[:, None] == objects[None]).all(dim=-1)  # [B, B]
+    same.fill_diagonal_(False)
+    logits = logits.masked_fill(same, -torch.inf)
+    targets = torch.arange(len(image), device=image.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+def region_targets(boxes, side):
+    """boxes [B, 4] -> [B, side^2] of 0 and 1: 1 where the centre of the patch lies in the box."""
+    centres = (torch.arange(side, device=boxes.device) + 0.5) / side
+    x1, y1, x2, y2 = cxcywh_to_xyxy(boxes)[:, :, None].unbind(1)  # [B, 1] each
+    columns, rows = (x1 <= centres) & (centres < x2), (y1 <= centres) & (centres < y2)  # [B, side]
+    return (rows[:, :, None] & columns[:, None]).flatten(1).float()
+
+
+def losses(output, boxes, objects, logit_scale, beta=0.0):
+    """The poster's losses (spec section 1), means over the batch, not yet weighted (LOSS_WEIGHTS).
+
+    output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B, 2]: (image, object); logit_scale: CLIP's, as
+    stored. beta 0: smooth-L1 is plain L1 (D2). Returns a dict of scalars.
+    """
+    giou = generalized_box_iou(cxcywh_to_xyxy(output.boxes), cxcywh_to_xyxy(boxes))
+    targets = region_targets(boxes, math.isqrt(output.region_logits.shape[1]))  # [B, N]
+    real = (~output.patch_padding).float()  # [B, N]
+    focal = sigmoid_focal_loss(output.region_logits, targets) * real
+    p, t = output.region_logits.sigmoid() * real, targets * real
+    dice = 1 - (2 * (p * t).sum(dim=1) + 1) / (p.sum(dim=1) + t.sum(dim=1) + 1)
+    return {
+        "l1": F.smooth_l1_loss(output.boxes, boxes, beta=beta, reduction="none").sum(dim=1).mean(),
+        "giou": (1 - giou).mean(),
+        "clc": contrastive_loss(
+            output.image_vectors, output.text_vectors, logit_scale.exp(), objects
+        ),
+        "focal": (focal.sum(dim=1) / real.sum(dim=1)).mean(),
+        "dice": dice.mean(),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path, model, **more):
+    """Write a checkpoint that stands alone: sizes, weights, pairs and the vocabulary; `more` is plain data beside it."""
+    content = {
+        "format": "hivg-1",
+        "config": asdict(model.config),
+        "clip_config": asdict(model.clip.config),
+        "model": model.state_dict(),
+        "vocabulary": (model.tokenizer or clip_tokenizer()).merges_text,
+        **more,
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_model(path):
+    """(HiVG in the stage it was saved in, the checkpoint's whole content). Raises HiVGError if it is no checkpoint."""
+    content = read_weights(path)
+    if not isinstance(content, dict) or content.get("format") != "hivg-1":
+        raise HiVGError(
+            f"{path} is no checkpoint of this project: give it a best.pt or last.pt that train.py wrote."
+        )
+    try:
+        clip = CLIP(CLIPConfig(**content["clip_config"]))
+        tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
+        config = HiVGConfig(**content["config"])
+        stage = config.stage
+        model = HiVG(config, clip, tokenizer)
+        for earlier in range(1, stage + 1):
+            model.enter_stage(earlier)
+        model.load_state_dict(content["model"])
+        model.enter_stage(stage)  # folds the frozen pairs that were just read
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise HiVGError(
+            f"{path} does not fit the model that it describes ({reason}): it is damaged."
+        ) from error
+    return model, content
+
+
+def load_checkpoint(path, device="cpu"):
+    """HiVG from the project's own best.pt or last.pt: eval mode, LoRA merged, ready to ground.
+
+    Raises HiVGError, naming the file, if it is missing, damaged or something else.
+    """
+    return load_model(path)[0].to(device).merge().eval()

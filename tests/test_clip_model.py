@@ -1,0 +1,334 @@
+"""clip_model.py: tokenizer and towers against other implementations, and files from outside."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from conftest import shake, tiny_clip
+
+import clip_model
+from clip_model import HiVGError, Tokenizer, load_clip, save_clip, tokenize
+
+# ----------------------------------------------------------------------------------------- tokenizer
+
+
+def test_tokenize_equals_every_golden_row(shared, clip_vocabulary):
+    """Ids are those of OpenAI's tokenizer, for awkward texts and over-long ones too."""
+    rows = json.loads((shared / "golden/tokens.json").read_text())
+    ids = tokenize([row["text"] for row in rows])
+    assert ids.dtype == torch.long and ids.shape == (len(rows), 77)
+    wrong = [row["text"] for row, found in zip(rows, ids.tolist()) if found != row["ids"]]
+    assert not wrong
+
+
+def test_tokenizer_by_hand(tokenizer):
+    """Merges apply in order, words end with </w>, ids are symbols, symbols at a word's end, merges."""
+    start, end = 512 + 7, 512 + 8
+    assert tokenizer.vocab_size == 521
+    red, one, blue = 512 + 1, 512 + 3, 512 + 6
+    assert tokenizer("red  ONE Blue")[0, :6].tolist() == [start, red, one, blue, end, 0]
+    # "r" + "e" is the first merge; printable bytes are numbered from "!", so "x" is 120 - 33
+    assert tokenizer.encode("rex") == [512, 256 + 120 - 33]
+    assert tokenizer.encode("!;") == [0, 256 + ord(";") - 33]
+    assert tokenizer("red &amp;amp; one").tolist() == tokenizer("red & one").tolist()
+
+
+@pytest.mark.parametrize("text", ["the red one, second from left!", "café ☕ 東京", "it's 3 o'clock"])
+def test_decode_undoes_encode(tokenizer, text):
+    """decode(encode(text)) is the text, any script of it, up to blanks."""
+    assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_longer_text_is_cut_and_ends_with_the_end_token(tokenizer):
+    """A long text keeps its end token last; a str and a list of str are the same."""
+    ids = tokenizer("red " * 100)
+    assert ids.shape == (1, 77) and ids[0, -1] == 520 and (ids[0, 1:-1] == 513).all()
+    assert torch.equal(tokenizer(["red " * 100]), ids)
+    assert tokenizer("red one blue", 4).tolist() == [[519, 513, 515, 520]]
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8bgarbage", b"# header\nno merge is this\n", b"\xff\xfe\xfa"])
+def test_a_broken_vocabulary_is_told(tmp_path, content):
+    """A file that is no vocabulary is the project's own error with the file's name."""
+    for name in ("broken.txt", "broken.txt.gz"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(HiVGError, match=name):
+            Tokenizer(tmp_path / name)
+
+
+# -------------------------------------------------------------------------------------------- towers
+
+
+@pytest.mark.parametrize("name", ["clip_tiny.pt", "clip_tiny_state_dict.pt"])
+def test_features_equal_golden(shared, name):
+    """OpenAI's archive and the plain state dict, read from disk, give OpenAI's own features."""
+    clip = load_clip(str(shared / "golden" / name))
+    golden = torch.load(shared / "golden/clip_tiny_golden.pt", weights_only=True)
+    assert not clip.training and {p.dtype for p in clip.parameters()} == {torch.float32}
+
+    def close(found, expected):
+        torch.testing.assert_close(found, golden[expected], atol=1e-4, rtol=0)
+
+    with torch.no_grad():
+        close(clip.encode_image(golden["images"]), "encode_image")
+        close(clip.encode_text(golden["token_ids"]), "encode_text")
+        close(clip(golden["images"], golden["token_ids"]), "logits_per_image")
+        close(torch.stack(clip.text_states(golden["token_ids"])), "text_hidden_states")
+
+
+def hugging_face_state(clip):
+    """A CLIP's weights under transformers' names."""
+    state = {"logit_scale": clip.logit_scale}
+    state["visual_projection.weight"] = clip.visual.proj.T
+    state["text_projection.weight"] = clip.text_projection.T
+    vision, text = "vision_model.", "text_model."
+    state[vision + "embeddings.class_embedding"] = clip.visual.class_embedding
+    state[vision + "embeddings.patch_embedding.weight"] = clip.visual.conv1.weight
+    state[vision + "embeddings.position_embedding.weight"] = clip.visual.positional_embedding
+    state[text + "embeddings.token_embedding.weight"] = clip.token_embedding.weight
+    state[text + "embeddings.position_embedding.weight"] = clip.positional_embedding
+    modules = {
+        vision + "pre_layrnorm": clip.visual.ln_pre,
+        vision + "post_layernorm": clip.visual.ln_post,
+        text + "final_layer_norm": clip.ln_final,
+    }
+    for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
+        for i, block in enumerate(blocks.resblocks):
+            prefix = f"{tower}encoder.layers.{i}."
+            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = block.ln_1, block.ln_2
+            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
+            modules[prefix + "self_attn.out_proj"] = block.attn.out_proj
+            for kind in ("weight", "bias"):
+                for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
+                    state[f"{prefix}self_attn.{name}_proj.{kind}"] = part
+    for name, module in modules.items():
+        state[name + ".weight"], state[name + ".bias"] = module.weight, module.bias
+    return state
+
+
+def test_clip_equals_transformers():
+    """Random weights give the image and text features, and logits, of transformers' CLIPModel."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vision_width=128, patch_size=8, image_size=40, vision_layers=2, text_layers=2)
+    clip = tiny_clip(embed_dim=48, context_length=20, **sizes)
+    common = dict(num_hidden_layers=2, hidden_act="quick_gelu", layer_norm_eps=1e-5)
+    vision = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, patch_size=8)
+    text = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, vocab_size=521)
+    text |= dict(max_position_embeddings=20, eos_token_id=520, bos_token_id=519, pad_token_id=0)
+    config = transformers.CLIPConfig(
+        vision_config=vision | common | {"image_size": 40},
+        text_config=text | common,
+        projection_dim=48,
+    )
+    theirs = transformers.CLIPModel(config).eval()
+    missing = theirs.load_state_dict(hugging_face_state(clip), strict=False)
+    assert not missing.unexpected_keys
+    assert all(name.endswith("position_ids") for name in missing.missing_keys)
+    torch.manual_seed(1)
+    images, tokens = torch.randn(3, 3, 40, 40), torch.randint(0, 519, (2, 20))
+    tokens[0, 5], tokens[1, 19] = 520, 520
+    tokens[0, 6:] = 0
+    with torch.no_grad():
+        out = theirs(input_ids=tokens, pixel_values=images)
+        image, text = clip.encode_image(images), clip.encode_text(tokens)
+        logits = clip(images, tokens)
+    image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
+    torch.testing.assert_close(image, out.image_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text, out.text_embeds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits, out.logits_per_image, atol=1e-4, rtol=0)
+
+
+def test_attention_equals_torch():
+    """Attention with CLIP's fused matrix, masked, equals torch's nn.MultiheadAttention."""
+    ours = shake(clip_model.Attention(48, 4)).eval()
+    theirs = torch.nn.MultiheadAttention(48, 4, batch_first=True).eval()
+    state = {name.replace("in_proj.", "in_proj_"): p for name, p in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    x, padding = torch.randn(3, 9, 48), torch.zeros(3, 9, dtype=torch.bool)
+    padding[1, 5:], padding[2, 2:4] = True, True
+    expected = theirs(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, ~padding[:, None, None, :]), expected, atol=1e-5, rtol=0)
+    causal = torch.ones(9, 9).triu(1).bool()
+    expected = theirs(x, x, x, attn_mask=causal, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, causal=True), expected, atol=1e-5, rtol=0)
+
+
+def test_text_states_do_not_depend_on_padding(tokenizer):
+    """Text is causal: cutting the padding off, or other ids after the end token, change nothing."""
+    clip, tokens = tiny_clip(), tokenizer(["red one", "the blue one"])
+    length = int(tokens.argmax(dim=1).max()) + 1
+    other = tokens.clone()
+    other[:, length:] = 7
+    for changed in (tokens[:, :length], other):
+        torch.testing.assert_close(clip.encode_text(changed), clip.encode_text(tokens))
+
+
+def test_positional_embedding_resize():
+    """Another image size: a constant grid stays constant, a slope stays one, [CLS] and the same
+    size are left alone, and a size that patches do not fill is refused."""
+    clip = tiny_clip(image_size=64, patch_size=16)
+    before = clip.visual.positional_embedding.data.clone()
+    clip.resize(64)
+    assert torch.equal(clip.visual.positional_embedding, before)
+    grid = torch.full((4, 4, 64), 3.0)
+    grid[..., 0] = torch.arange(4.0)  # grows from left to right
+    grid[..., 1] = torch.arange(4.0)[:, None]  # and from top to bottom
+    clip.visual.positional_embedding.data[1:] = grid.flatten(0, 1)
+    clip.resize(112)
+    after = clip.visual.positional_embedding
+    assert clip.config.image_size == 112 and after.shape == (50, 64)
+    assert torch.equal(after[0], before[0])
+    after = after[1:].view(7, 7, 64)
+    torch.testing.assert_close(after[..., 2:], torch.full((7, 7, 62), 3.0), atol=1e-4, rtol=0)
+    assert (after[:, 1:, 0] > after[:, :-1, 0]).all() and (after[1:, :, 1] > after[:-1, :, 1]).all()
+    torch.testing.assert_close(after[..., 0], after[:1, :, 0].expand(7, 7), atol=1e-4, rtol=0)
+    assert clip.encode_image(torch.randn(1, 3, 112, 112)).shape == (1, 64)
+    with pytest.raises(HiVGError, match="100"):
+        clip.resize(100)
+
+
+# ------------------------------------------------------------------------------- files from outside
+
+
+def test_save_clip_and_load_clip(tmp_path):
+    """What save_clip writes is in OpenAI's names and is read back bit for bit, every size inferred."""
+    clip = tiny_clip(vision_layers=2, text_layers=1, embed_dim=32, context_length=30, patch_size=8)
+    save_clip(clip, tmp_path / "clip.pt")
+    names = torch.load(tmp_path / "clip.pt", weights_only=True).keys()
+    assert "visual.transformer.resblocks.1.attn.in_proj_weight" in names
+    again = load_clip(tmp_path / "clip.pt")
+    assert again.config == clip.config and not again.training
+    assert all(torch.equal(a, b) for a, b in zip(clip.parameters(), again.parameters()))
+    assert os.listdir(tmp_path) == ["clip.pt"]
+
+
+def test_load_clip_reads_torchscript_in_half_precision(tmp_path):
+    """A real TorchScript archive of half-precision weights is read as data, in fp32."""
+    clip = tiny_clip(vision_layers=1, text_layers=1)
+
+    def holder(state):
+        """A module that holds weights under their dotted names, as OpenAI's do, and a method."""
+        module = torch.nn.Module()
+        for name, tensor in state.items():
+            *path, last = name.replace("in_proj.", "in_proj_").split(".")
+            at = module
+            for part in path:
+                if not hasattr(at, part):
+                    at.add_module(part, torch.nn.Module())
+                at = getattr(at, part)
+            at.register_buffer(last, tensor)
+        return module
+
+    state = {n: p.half() if "weight" in n else p for n, p in clip.state_dict().items()}
+    module = holder(state | {"input_resolution": torch.tensor(64)})
+    torch.jit.save(torch.jit.script(module), tmp_path / "archive.pt")
+    again = load_clip(tmp_path / "archive.pt").state_dict()
+    assert again.keys() == clip.state_dict().keys()
+    for name, tensor in state.items():
+        assert torch.equal(again[name], tensor.float()), name
+
+
+class Malicious:
+    """Writes a file if it is ever unpickled with code allowed."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("kind", ["archive", "state dict", "bare pickle"])
+def test_a_malicious_file_is_refused_and_not_run(tmp_path, kind):
+    """Code in an archive, a checkpoint or a bare pickle is refused with the file's name, not run."""
+    path, ran = tmp_path / "clip.pt", tmp_path / "ran"
+    content = {"visual.proj": Malicious(ran)}
+    if kind == "state dict":
+        torch.save(content, path)
+    elif kind == "bare pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("clip/data.pkl", pickle.dumps(content, protocol=2))
+            archive.writestr("clip/constants.pkl", b"\x80\x02).")
+    with pytest.raises(HiVGError, match="clip.pt"):
+        load_clip(path)
+    assert not ran.exists()
+
+
+def test_other_files_are_told_by_name(tmp_path):
+    """A missing, empty or other file, and a state dict that lacks or mixes weights, is one sentence."""
+    state = {n.replace("in_proj.", "in_proj_"): p for n, p in tiny_clip().state_dict().items()}
+    lacking = {n: p for n, p in state.items() if n != "visual.transformer.resblocks.2.ln_1.bias"}
+    mixed = state | {"visual.proj": torch.zeros(3, 64)}
+    files = {
+        "text.pt": b"not weights\n",
+        "empty.pt": b"",
+        "list.pt": [1, 2],
+        "tensor.pt": torch.zeros(3),
+        "resnet.pt": {"conv1.weight": torch.zeros(3, 3)},
+        "numbers.pt": {"visual.conv1.weight": 3},
+        "lacking.pt": lacking,
+        "mixed.pt": mixed,
+    }
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+    torch.save(state, tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:50_000])
+    load_clip(tmp_path / "whole.pt")
+    for name in [*files, "half.pt", "absent.pt"]:
+        with pytest.raises(HiVGError, match=name) as caught:
+            load_clip(tmp_path / name)
+        assert "\n" not in str(caught.value), name
+
+
+def serve(monkeypatch, content):
+    """Let urlopen give these bytes."""
+    reply = io.BytesIO(content)
+    reply.headers = {"Content-Length": str(len(content))}
+    monkeypatch.setattr(clip_model.urllib.request, "urlopen", lambda *a, **k: reply)
+
+
+def test_no_network_is_told(tmp_path):
+    """A model that is not in the cache, and no network: one sentence, and no file is left behind."""
+    with pytest.raises(HiVGError, match="ViT-B-16.pt.*cannot be reached"):
+        load_clip("ViT-B/16")
+    with pytest.raises(HiVGError, match="bpe_simple_vocab"):
+        tokenize("red one")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_download_is_kept_only_if_its_sha256_is_right(tmp_path, monkeypatch):
+    """Wrong bytes leave nothing behind; the right ones are kept, and are not asked for again."""
+    content, url = b"the file" * 1000, "https://example.org/models/file.bin"
+    sha256 = hashlib.sha256(content).hexdigest()
+    serve(monkeypatch, content[:-1])
+    with pytest.raises(HiVGError, match="sha256"):
+        clip_model.cached(url, sha256)
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    serve(monkeypatch, content)
+    path = clip_model.cached(url, sha256)
+    assert path.read_bytes() == content and path.parent == tmp_path / "clip_cache"
+    monkeypatch.setattr(clip_model.urllib.request, "urlopen", None)
+    assert clip_model.cached(url, sha256) == path
+    path.write_bytes(b"damaged")
+    with pytest.raises(HiVGError, match="file.bin is damaged"):
+        clip_model.cached(url, sha256)
+
+
+def test_replacing_leaves_no_half_written_file(tmp_path):
+    """Stopped while writing, the old file is still whole and nothing else is left."""
+    path = tmp_path / "last.pt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), clip_model.replacing(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["last.pt"]
