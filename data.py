@@ -126,7 +126,7 @@ def in_square(image, geometry, mean, std):
     padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
     mean, std = torch.tensor((mean, std)).mul_(255)  # each [3]
     pixels = (torch.from_numpy(np.array(image)) - mean) / std  # [h, w, 3]
-    square[:, *inner] = pixels.permute(2, 0, 1)
+    square[(slice(None), *inner)] = pixels.permute(2, 0, 1)
     padding[inner] = False
     return square, padding
 
@@ -392,17 +392,21 @@ class GroundingDataset(torch.utils.data.Dataset):
         return {**item, "box": box, "object": ids, "index": index}
 
 
-def collate(items, tokenize, multiple=4):
+def cut_to_longest(tokens, multiple=4):
+    """Tokens [B, 77] -> [B, T]: T is the length of the longest text, rounded up to a multiple (few
+    different lengths: CPU kernels are built anew for each). The end token is a row's largest id."""
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    return tokens[:, : math.ceil(longest / multiple) * multiple]
+
+
+def collate(items, tokenize):
     """Items of a GroundingDataset -> a batch, a dict:
 
-    images [B, 3, S, S], padding [B, S, S], tokens int64 [B, T], boxes [B, 4], objects [B, 2],
-    indices [B], texts list of str. T is the length of the longest text, rounded up to a multiple
-    (few different lengths: CPU kernels are built anew for each). tokenize: list of str -> [B, 77].
+    images [B, 3, S, S], padding [B, S, S], tokens int64 [B, T] cut to the longest text, boxes
+    [B, 4], objects [B, 2], indices [B], texts list of str. tokenize: list of str -> [B, 77].
     """
     texts = [item["text"] for item in items]
-    tokens = tokenize(texts)  # [B, 77], 0 after the end token, which is the largest id of its row
-    longest = int(tokens.argmax(1).max()) + 1
-    tokens = tokens[:, : math.ceil(longest / multiple) * multiple]  # [B, T], 77 at most
+    tokens = cut_to_longest(tokenize(texts))
     names = {"image": "images", "padding": "padding", "box": "boxes", "object": "objects"}
     batch = {many: torch.stack([item[one] for item in items]) for one, many in names.items()}
     indices = torch.tensor([item["index"] for item in items])

@@ -17,13 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from clip_model import HiVGError, replacing
 from data import (
-    DATASETS,
     GroundingDataset,
     available_splits,
     collate,
@@ -100,8 +99,9 @@ def table(rows):
 TRUE_COLOUR, FOUND_COLOUR = (30, 160, 60), (220, 40, 30)
 
 
-def draw_box(image, box, colour, width):
+def draw_box(image, box, colour):
     """Draw (x1, y1, x2, y2) in place."""
+    width = max(1, round(max(image.size) / 120))
     ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
 
 
@@ -120,16 +120,12 @@ def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
     for place, index in enumerate(chosen):
         sample = dataset.samples[index]
         picture = load_image(sample.image, upright=False)
-        found_box = to_pixels(
-            found[place], letterbox((0, 0, *picture.size), model.config.image_size)
-        )
+        geometry = letterbox((0, 0, *picture.size), model.config.image_size)
+        found_box = to_pixels(found[place], geometry)
         for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
-            draw_box(picture, box, colour, max(1, round(max(picture.size) / 120)))
+            draw_box(picture, box, colour)
         x, y = place % columns * (side + 8), place // columns * height
-        scale = side / max(picture.size)
-        sheet.paste(
-            picture.resize([max(1, round(v * scale)) for v in picture.size]), (x + 4, y + 4)
-        )
+        sheet.paste(ImageOps.contain(picture, (side, side)), (x + 4, y + 4))
         lines = textwrap.wrap(f"{overlap[place]:.2f}  {sample.text}", 34)[:2]
         ImageDraw.Draw(sheet).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
     with replacing(path) as temporary:
@@ -140,9 +136,8 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     """Evaluate splits of a data set; print the table, write results_NAME.json and a contact sheet into `output`."""
     rows, config = [], model.config
     for split in splits:
-        dataset = GroundingDataset(
-            name, split, data_root, config.image_size, mean=config.mean, std=config.std
-        )
+        picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
+        dataset = GroundingDataset(name, split, data_root, **picture)
         rows.append(evaluate(model, dataset, workers))
         contact_sheet(model, dataset, output / f"{name}_{split}.png")
     print(table(rows))
@@ -162,9 +157,7 @@ def pick_device(name=None):
     try:
         return torch.empty(0, device=name or found).device
     except (RuntimeError, AssertionError) as error:
-        raise HiVGError(
-            f"There is no device {name!r} here: leave --device out to have {found}."
-        ) from error
+        raise HiVGError(f"There is no device {name} here: leave --device out.") from error
 
 
 def exit_with(job, args):
@@ -181,13 +174,11 @@ def run(args):
     checkpoint = Path(args.checkpoint)
     model = load_checkpoint(checkpoint, pick_device(args.device))
     if args.dataset:
-        splits = args.split or [
-            s for s in available_splits(args.dataset, args.data_root) if s != "train"
-        ]
+        there = available_splits(args.dataset, args.data_root)
+        splits = args.split or [split for split in there if split != "train"]
         output = Path(args.output or checkpoint.parent)
-        evaluate_splits(
-            model, checkpoint, args.dataset, splits, args.data_root, output, args.workers
-        )
+        settings = args.dataset, splits, args.data_root, output, args.workers
+        evaluate_splits(model, checkpoint, *settings)
         return
     path = Path(args.output or Path(args.image).stem + "_found.png")
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -196,7 +187,7 @@ def run(args):
     image = load_image(args.image)
     box = ground(model, image, args.text)
     print(f"{args.image}: {args.text}: " + " ".join(f"{value:.1f}" for value in box))
-    draw_box(image, box, FOUND_COLOUR, max(1, round(max(image.size) / 120)))
+    draw_box(image, box, FOUND_COLOUR)
     with replacing(path) as temporary:
         image.save(temporary, kind)
     print(f"drawn into {path}")

@@ -18,13 +18,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora
-from clip_model import CLIP, CLIPConfig, HiVGError, QuickGELU, Tokenizer, attend, clip_tokenizer
-from clip_model import read_weights, replacing
+from clip_model import (
+    CLIP,
+    CLIPConfig,
+    HiVGError,
+    QuickGELU,
+    Tokenizer,
+    attend,
+    clip_tokenizer,
+    read_weights,
+    replacing,
+)
 
-LORA_TARGETS = {
-    "attn.in_proj": 3,
-    "attn.out_proj": 1,
-}  # q, k, v (three row blocks of one matrix) and out
+# q, k, v, which are three row blocks of one matrix, and out
+LORA_TARGETS = {"attn.in_proj": 3, "attn.out_proj": 1}
 STAGES = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up (stage 0)
 TINY = 1e-16  # smaller areas count as none; its square is still a float32, so gradients stay finite
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
@@ -83,10 +90,14 @@ def _area(low, high):
     return (high - low).clamp(min=0).prod(dim=-1)
 
 
+def _overlap_and_union(a, b):
+    overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
+    return overlap, _area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - overlap
+
+
 def box_iou(a, b):
     """Intersection over union, pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N]; 0 where both have no area."""
-    overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
-    union = _area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - overlap
+    overlap, union = _overlap_and_union(a, b)
     return overlap / union.clamp(min=TINY)
 
 
@@ -95,8 +106,7 @@ def generalized_box_iou(a, b):
 
     In -1..1 and finite for boxes without area: their IoU counts 0, and a hull without area counts as all filled.
     """
-    overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
-    union = _area(a[:, :2], a[:, 2:]) + _area(b[:, :2], b[:, 2:]) - overlap
+    overlap, union = _overlap_and_union(a, b)
     hull = _area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
     return overlap / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
 
@@ -110,9 +120,8 @@ class CrossAttention(nn.Module):
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nn.Linear(width, width) for _ in range(4)
-        )
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self.add_module(name, nn.Linear(width, width))
 
     def forward(self, query, key, value, key_padding):
         """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] bool, True = ignore. Returns [B, Nq, d]."""
@@ -122,10 +131,9 @@ class CrossAttention(nn.Module):
         return self.out_proj(attend(q, k, v, self.heads, mask, dropout=dropout))
 
 
-def mlp(width, hidden, activation, out=None, dropout=0.0):
-    return nn.Sequential(
-        nn.Linear(width, hidden), activation, nn.Dropout(dropout), nn.Linear(hidden, out or width)
-    )
+def mlp(width, hidden, activation, dropout=0.0):
+    up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+    return nn.Sequential(up, activation, nn.Dropout(dropout), down)
 
 
 class Bridge(nn.Module):
@@ -134,12 +142,13 @@ class Bridge(nn.Module):
     t = concat_i [w^i * f^i + f^i] W_proj + b;   x = x + BridgeMLP(CrossAttention(LN_b(x), t))
     """
 
-    def __init__(self, width, text_width, text_layers, context_length, heads):
+    def __init__(self, clip_config, text_layers):
         super().__init__()
-        self.w = nn.Parameter(torch.zeros(text_layers, context_length, text_width))
+        width, text_width = clip_config.vision_width, clip_config.text_width
+        self.w = nn.Parameter(torch.zeros(text_layers, clip_config.context_length, text_width))
         self.W_proj = nn.Linear(text_layers * text_width, width)
         self.norm = nn.LayerNorm(width)
-        self.attention = CrossAttention(width, heads)
+        self.attention = CrossAttention(width, max(1, width // 64))
         self.mlp = mlp(width, 4 * width, QuickGELU())
         nn.init.zeros_(self.mlp[-1].weight)  # a fresh bridge changes nothing
         nn.init.zeros_(self.mlp[-1].bias)
@@ -147,9 +156,8 @@ class Bridge(nn.Module):
     def forward(self, x, features, text_padding):
         """x [B, 1 + N, d_v], features: a list of f^i [B, T, d_t], text_padding [B, T] -> [B, 1 + N, d_v]."""
         w = self.w[:, : text_padding.shape[1]]  # the adaptive weights of these T positions
-        t = self.W_proj(
-            torch.cat([w_i * f_i + f_i for w_i, f_i in zip(w, features)], dim=-1)
-        )  # [B, T, d_v]
+        weighted = [w_i * f_i + f_i for w_i, f_i in zip(w, features)]
+        t = self.W_proj(torch.cat(weighted, dim=-1))  # [B, T, d_v]
         return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
 
 
@@ -201,39 +209,25 @@ class HiVG(nn.Module):
         self.config, self.tokenizer = config, tokenizer
         sizes, depth = clip.config, clip.config.vision_layers
         if not set(config.visual_layers) | set(config.bridge_layers) <= set(range(1, depth + 1)):
-            raise HiVGError(
-                f"The layers {config.visual_layers}, {config.bridge_layers} are not all of CLIP's 1 to {depth}."
-            )
+            raise HiVGError(f"V and C have to be layers of CLIP, 1 to {depth}: {config}.")
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip
-        self.bridges = nn.ModuleDict(
-            {
-                str(layer): Bridge(
-                    d_v,
-                    sizes.text_width,
-                    len(config.text_layers),
-                    sizes.context_length,
-                    max(1, d_v // 64),
-                )
-                for layer in config.bridge_layers
-            }
-        )
+        n = len(config.text_layers)
+        bridges = {str(layer): Bridge(sizes, n) for layer in config.bridge_layers}
+        self.bridges = nn.ModuleDict(bridges)
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
-        self.positions = nn.Parameter(
-            torch.randn(2 + self.grid**2 + sizes.context_length, D) * 0.02
-        )
-        self.positions.data[2 : 2 + self.grid**2] += grid_positions(self.grid, D)
-        self.layers = nn.ModuleList(
-            GroundingLayer(D, config.heads, config.feedforward, config.dropout)
-            for _ in range(config.grounding_layers)
-        )
+        N = self.grid**2
+        self.positions = nn.Parameter(torch.randn(2 + N + sizes.context_length, D) * 0.02)
+        self.positions.data[2 : 2 + N] += grid_positions(self.grid, D)
+        each = D, config.heads, config.feedforward, config.dropout
+        layers = [GroundingLayer(*each) for _ in range(config.grounding_layers)]
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(D)
-        self.box_head = nn.Sequential(
-            nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4)
-        )
+        hidden = [nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU()]
+        self.box_head = nn.Sequential(*hidden, nn.Linear(D, 4))
         self.region_norm = nn.LayerNorm(D)
         self.region_mlp = mlp(D, config.region_width, QuickGELU())
         if config.adapters != "none":
@@ -268,9 +262,8 @@ class HiVG(nn.Module):
         clip, config = self.clip, self.config
         B, T = tokens.shape
         ends = tokens.argmax(dim=1)  # the end token has the largest id
-        text_padding = (
-            torch.arange(T, device=tokens.device) > ends[:, None]
-        )  # [B, T]; by position: id 0 is "!" (D1)
+        places = torch.arange(T, device=tokens.device)
+        text_padding = places > ends[:, None]  # [B, T]; by position, since id 0 is "!" (D1)
         patch_padding = self.pad_patches(padding, images)  # [B, N]
 
         # the text tower is frozen and reads no image
@@ -293,11 +286,10 @@ class HiVG(nn.Module):
 
         # the grounding encoder over [REG], [CLS], patches, text
         reg = self.reg_token.to(visual.dtype).expand(B, 1, -1)
-        tokens_in = torch.cat([reg, visual, self.text_proj(text)], dim=1)  # [B, 2 + N + T, D]
-        positions = self.positions[: tokens_in.shape[1]]
+        z = torch.cat([reg, visual, self.text_proj(text)], dim=1)  # [B, 2 + N + T, D]
+        positions = self.positions[: z.shape[1]]
         unpadded = patch_padding.new_zeros(B, 2)  # [REG] and [CLS]
         key_padding = torch.cat([unpadded, patch_padding, text_padding], dim=1)  # [B, 2 + N + T]
-        z = tokens_in
         for layer in self.layers[:-1]:
             z = layer(z, positions, key_padding)
         z = self.norm(self.layers[-1](z, positions, key_padding, queries=None if for_losses else 1))
@@ -306,9 +298,7 @@ class HiVG(nn.Module):
             return Grounding(boxes)
 
         N, rows = self.grid**2, torch.arange(B, device=tokens.device)
-        u = F.normalize(
-            z[rows, 2 + N + ends].float(), dim=-1
-        )  # [B, D], the encoder's output at EOS
+        u = F.normalize(z[rows, 2 + N + ends].float(), dim=-1)  # [B, D], the output at EOS
         v = self.region_mlp(self.region_norm(z[:, 2 : 2 + N])).float()  # [B, N, D]
         image_vectors = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj  # [B, D]
         return Grounding(
@@ -372,12 +362,11 @@ def losses(output, boxes, objects, logit_scale, beta=0.0):
     focal = sigmoid_focal_loss(output.region_logits, targets) * real
     p, t = output.region_logits.sigmoid() * real, targets * real
     dice = 1 - (2 * (p * t).sum(dim=1) + 1) / (p.sum(dim=1) + t.sum(dim=1) + 1)
+    vectors = output.image_vectors, output.text_vectors
     return {
         "l1": F.smooth_l1_loss(output.boxes, boxes, beta=beta, reduction="none").sum(dim=1).mean(),
         "giou": (1 - giou).mean(),
-        "clc": contrastive_loss(
-            output.image_vectors, output.text_vectors, logit_scale.exp(), objects
-        ),
+        "clc": contrastive_loss(*vectors, logit_scale.exp(), objects),
         "focal": (focal.sum(dim=1) / real.sum(dim=1)).mean(),
         "dice": dice.mean(),
     }
@@ -404,24 +393,16 @@ def load_model(path):
     """(HiVG in the stage it was saved in, the checkpoint's whole content). Raises HiVGError if it is no checkpoint."""
     content = read_weights(path)
     if not isinstance(content, dict) or content.get("format") != "hivg-1":
-        raise HiVGError(
-            f"{path} is no checkpoint of this project: give it a best.pt or last.pt that train.py wrote."
-        )
+        raise HiVGError(f"{path} is no checkpoint of HiVG: name a best.pt or last.pt of train.py.")
     try:
         clip = CLIP(CLIPConfig(**content["clip_config"]))
         tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
-        config = HiVGConfig(**content["config"])
-        stage = config.stage
-        model = HiVG(config, clip, tokenizer)
-        for earlier in range(1, stage + 1):
-            model.enter_stage(earlier)
+        model = HiVG(HiVGConfig(**content["config"]), clip, tokenizer)
         model.load_state_dict(content["model"])
-        model.enter_stage(stage)  # folds the frozen pairs that were just read
+        model.enter_stage(model.config.stage)  # folds the frozen pairs that were just read
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise HiVGError(
-            f"{path} does not fit the model that it describes ({reason}): it is damaged."
-        ) from error
+        raise HiVGError(f"{path} does not fit the model that it describes: {reason}.") from error
     return model, content
 
 

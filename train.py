@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import time
 from argparse import RawDescriptionHelpFormatter as RawText
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -40,7 +42,15 @@ from clip_model import (
     replacing,
     save_clip,
 )
-from data import DATASETS, GroundingDataset, available_splits, collate, load_image, prepare
+from data import (
+    DATASETS,
+    GroundingDataset,
+    available_splits,
+    collate,
+    cut_to_longest,
+    load_image,
+    prepare,
+)
 from evaluate import evaluate, evaluate_splits, exit_with, pick_device
 from hivg import (
     LOSS_WEIGHTS,
@@ -75,6 +85,14 @@ TEXT_LAYERS = {  # the f^i that the bridges read; the last one for the data sets
     "refcocog": tuple(range(1, 13)),
     "refcocog-google": tuple(range(1, 13)),
 }
+VOCABULARIES = ("bpe_vocab.txt.gz", "bpe_simple_vocab_16e6.txt.gz")  # looked for beside a CLIP
+PARTS = {  # of the model, by the names of their parameters: the first that matches
+    "LoRA pairs": r"\.lora_",
+    "CLIP": r"^clip\.",
+    "bridges": r"^bridges\.",
+    "heads": r"^(box_head|region)",
+    "grounding encoder": "",
+}
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
 WARMUP_STEPS = 200  # of a stage, in which the rate rises to its top (D4)
@@ -93,7 +111,8 @@ SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 250, 256, 2e-3
 
 def rate(step, steps, top):
     """Linear warm-up, then cosine to 0: the learning rate of a step (0 .. steps - 1) of a stage."""
-    return top * min(1, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * step / steps)) / 2
+    warmup = min(1, (step + 1) / min(WARMUP_STEPS, 1 + steps / 10))
+    return top * warmup * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def update(optimizer, loss, learning_rate):
@@ -102,9 +121,8 @@ def update(optimizer, loss, learning_rate):
         group["lr"] = learning_rate
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(
-        [p for group in optimizer.param_groups for p in group["params"]], MAX_NORM
-    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
     optimizer.step()
 
 
@@ -114,15 +132,13 @@ def choose_precision(device):
     A CPU is timed on a matrix product in both: some have units for bf16, others only imitate it.
     """
     if device.type == "cpu":
-        seconds = []
-        for dtype in (torch.float32, torch.bfloat16):
-            a, b = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-            a @ b
-            start = time.perf_counter()
-            for _ in range(20):
-                a @ b
-            seconds.append(time.perf_counter() - start)
-        bf16 = seconds[0] > 2 * seconds[1]
+        fp32 = torch.ones(1024, 1024)
+        threads = torch.get_num_threads()
+        timers = [
+            Timer("a @ a", globals={"a": a}, num_threads=threads) for a in (fp32, fp32.bfloat16())
+        ]
+        slow, fast = (timer.timeit(20).median for timer in timers)
+        bf16 = slow > 2 * fast
         # on CPUs the fused kernel's backward is 5 to 8 times slower in bf16 than two plain products
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     else:
@@ -164,67 +180,42 @@ def shapes_clip(folder, seed, device, context):
         batch = rng.choice(len(scenes), SHAPES_CLIP_BATCH, replace=False)
         images = torch.stack([scenes[i] for i in batch]).float()
         texts = torch.stack([tokens[i][rng.integers(len(tokens[i]))] for i in batch])
-        texts = texts[
-            :, : -(-int(texts.argmax(dim=1).max() + 1) // 4) * 4
-        ]  # cut to the longest, rounded up
+        texts = cut_to_longest(texts)
         with context():
             logits = clip(images.to(device), texts.to(device)).float()  # [batch, batch]
         target = torch.arange(len(batch), device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         update(optimizer, loss, rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE))
         if step % 20 == 0:
-            bar.set_postfix(
-                loss=f"{loss.item():.2f}",
-                right=f"{(logits.argmax(1) == target).float().mean():.2f}",
-            )
+            right = (logits.argmax(dim=1) == target).float().mean()
+            bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
     save_clip(clip, path)
     return path
 
 
 def tokenizer_for(clip_path, vocab_size):
     """The tokenizer of a CLIP: the vocabulary that lies beside its file, else CLIP's own."""
-    beside = [
-        Path(clip_path).with_name(name)
-        for name in ("bpe_vocab.txt.gz", "bpe_simple_vocab_16e6.txt.gz")
-    ]
+    beside = [Path(clip_path).with_name(name) for name in VOCABULARIES]
     found = next((path for path in beside if path.is_file()), None)
     tokenizer = Tokenizer(found) if found else clip_tokenizer()
     if tokenizer.vocab_size != vocab_size:
         raise HiVGError(
-            f"{clip_path} was trained with {vocab_size} tokens, the vocabulary {found or 'of CLIP'} has "
-            f"{tokenizer.vocab_size}: put the right one beside it as {beside[0].name}."
+            f"{clip_path} was trained with {vocab_size} tokens, {found or 'the vocabulary of CLIP'} "
+            f"has {tokenizer.vocab_size}: put the right one beside it as {beside[0].name}."
         )
     return tokenizer
 
 
-def parameter_groups(model):
-    """{what they belong to: [parameters]}, every parameter once."""
-    prefixes = {
-        "bridges": "bridges",
-        "box_head": "heads",
-        "region_norm": "heads",
-        "region_mlp": "heads",
-    }
-    groups = {"CLIP": [], "LoRA pairs": [], "bridges": [], "grounding encoder": [], "heads": []}
-    for name, parameter in model.named_parameters():
-        first = name.split(".")[0]
-        inside = "LoRA pairs" if ".lora_" in name else "CLIP"
-        groups[inside if first == "clip" else prefixes.get(first, "grounding encoder")].append(
-            parameter
-        )
-    return groups
-
-
 def account(model):
-    """The parameters by group, trained and in all, as lines of text."""
-    lines = [f"{'parameters':18} {'trained':>12} {'total':>12}"]
-    for group, parameters in {
-        **parameter_groups(model),
-        "together": list(model.parameters()),
-    }.items():
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        lines.append(f"{group:18} {trained:12,} {sum(p.numel() for p in parameters):12,}")
-    return "\n".join(lines)
+    """The parameters by what they belong to, trained and in all, as lines of text."""
+    counts = {group: [0, 0] for group in (*PARTS, "together")}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
+        for group in (part, "together"):
+            counts[group][0] += parameter.numel() * parameter.requires_grad
+            counts[group][1] += parameter.numel()
+    lines = [f"{group:18} {trained:12,} {total:12,}" for group, (trained, total) in counts.items()]
+    return "\n".join([f"{'parameters':18} {'trained':>12} {'total':>12}", *lines])
 
 
 def train_epoch(model, loader, optimizer, rates, context, title):
@@ -233,20 +224,15 @@ def train_epoch(model, loader, optimizer, rates, context, title):
     model.train()
     total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
     bar = tqdm(loader, title, leave=False)
-    for step, (batch, learning_rate) in enumerate(zip(bar, rates), start=1):
-        batch = {
-            name: value.to(device)
-            for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
-        }
+    names = ("images", "tokens", "padding", "boxes", "objects")
+    for step, (batch, learning_rate) in enumerate(zip(bar, rates, strict=True)):
+        images, tokens, padding, boxes, objects = (batch[name].to(device) for name in names)
         with context():
-            output = model(batch["images"], batch["tokens"], batch["padding"], for_losses=True)
-        parts = losses(output, batch["boxes"], batch["objects"], model.clip.logit_scale)
+            output = model(images, tokens, padding, for_losses=True)
+        parts = losses(output, boxes, objects, model.clip.logit_scale)
         loss = sum(weight * parts[name] for name, weight in LOSS_WEIGHTS.items())
         if not math.isfinite(loss.item()):
-            raise HiVGError(
-                f"The loss is {loss.item()} in {title}, step {step}: go on with --resume and a lower --lr."
-            )
+            raise HiVGError(f"The loss is {loss.item()} in {title}, step {step}: try a lower --lr.")
         update(optimizer, loss, learning_rate)
         total = {name: total[name] + parts[name].item() for name in total}
         if step % 20 == 0:
@@ -287,13 +273,11 @@ def run(args):
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
         model, content = load_model(last)
-        args = argparse.Namespace(
-            **{**content["settings"], "output": args.output, "device": args.device}
-        )
+        args = argparse.Namespace(**content["settings"])
         progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
     elif last.exists():
         raise HiVGError(
-            f"{last} is there from an earlier run: go on with --resume, or name another --output."
+            f"{last} is of an earlier run: give --resume to go on, or another --output."
         )
     splits = available_splits(args.dataset, args.data_root)
     precision, context = choose_precision(device)
@@ -301,52 +285,32 @@ def run(args):
         model, progress, optimizer_state = start(args, device, context), Progress(), None
     model.to(device)
     config = model.config
-
-    def dataset(split, augment=False):
-        return GroundingDataset(
-            args.dataset,
-            split,
-            args.data_root,
-            config.image_size,
-            augment,
-            config.mean,
-            config.std,
-            cache=not args.augment,
-            seed=args.seed,
-        )
-
-    train_set, val_set = dataset("train", args.augment), dataset(args.select)
+    picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
+    picture |= dict(cache=not args.augment, seed=args.seed)
+    sets = {s: GroundingDataset(args.dataset, s, args.data_root, **picture) for s in splits}
+    for split in ("train", args.select):
+        if split not in sets:  # the data set's own word for it
+            GroundingDataset(args.dataset, split, args.data_root)
+    val_set = sets[args.select]
+    train_set = GroundingDataset(args.dataset, "train", args.data_root, args.augment, **picture)
 
     # a short account of what is going to happen
-    print(
-        f"{args.dataset} from {args.data_root}, into {output}; {device}, {precision}; adapters: {args.adapters}"
-    )
+    print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
     for split in DATASETS[args.dataset].splits.split():
-        print(
-            f"  {split:6}",
-            f"{len(dataset(split)):,} expressions"
-            if split in splits
-            else "not in these files: passed over",
-        )
-    for note in train_set.report:
-        print(f"  train: {note}")
-    print(
-        f"stage    epochs {args.epochs}, rates {args.lr}, batches {args.batch_size}; losses {LOSS_WEIGHTS}"
-    )
-    print(account(model), flush=True)
+        there = f"{len(sets[split]):,} expressions" if split in sets else "passed over: not there"
+        print(f"  {split:6} {there}", *(sets[split].report if split in sets else ()), sep="; ")
+    print(f"adapters {args.adapters}; by stage: epochs {args.epochs}, rates {args.lr}, ", end="")
+    print(f"batches {args.batch_size}; losses {LOSS_WEIGHTS}\n{account(model)}", flush=True)
     with replacing(output / "config.json") as temporary:
-        temporary.write_text(
-            json.dumps({"settings": vars(args), "model": asdict(config)}, indent=2)
-        )
+        used = {"settings": vars(args), "model": asdict(config), "losses": LOSS_WEIGHTS}
+        temporary.write_text(json.dumps(used, indent=2))
 
     while progress.stage < len(args.epochs):
-        stage = progress.stage
-        epochs, top, batch_size = args.epochs[stage], args.lr[stage], args.batch_size[stage]
+        stage, epochs = progress.stage, args.epochs[progress.stage]
+        top, batch_size = args.lr[stage], args.batch_size[stage]
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=top, weight_decay=WEIGHT_DECAY, fused=device.type != "mps"
-        )
+        optimizer = torch.optim.AdamW(trained, top, weight_decay=WEIGHT_DECAY)
         if optimizer_state:
             optimizer.load_state_dict(optimizer_state)
         for epoch in range(progress.epoch, epochs):
@@ -367,42 +331,26 @@ def run(args):
                 )
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]
-                line["losses"] = train_epoch(
-                    model, loader, optimizer, rates, context, f"stage {stage}, epoch {epoch}"
-                )
-            line["seconds"] = round(time.time() - began, 1)
+                title = f"stage {stage}, epoch {epoch}"
+                line["losses"] = train_epoch(model, loader, optimizer, rates, context, title)
             line |= evaluate(model, val_set, args.workers)
-            progress = Progress(
-                stage, epoch + 1, max(progress.best, line["acc"]), (*progress.log, line)
-            )
-            if line["acc"] == progress.best:  # of equals the later one
+            line["seconds"] = round(time.time() - began, 1)
+            best_yet = max(progress.best, line["acc"])
+            progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
+            if line["acc"] == best_yet:  # of equals the later one
                 save_checkpoint(best, model)
-            save_checkpoint(
-                last,
-                model,
-                progress=progress._asdict(),
-                optimizer=optimizer.state_dict(),
-                settings=vars(args),
-            )
+            resume = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
+            save_checkpoint(last, model, settings=vars(args), **resume)
             with replacing(output / "log.jsonl") as temporary:
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in progress.log))
-            what = "begins with" if epoch < 0 else f"epoch {epoch}"
-            print(
-                f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %, {line['seconds']:.0f} s",
-                flush=True,
-            )
+            what = f"after epoch {epoch}" if epoch >= 0 else "begins"
+            print(f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %", flush=True)
         model, optimizer_state = load_model(best)[0].to(device), None
         progress = Progress(stage + 1, log=progress.log)
 
-    evaluate_splits(
-        load_checkpoint(best, device),
-        best,
-        args.dataset,
-        [s for s in splits if s != "train"] or splits,
-        args.data_root,
-        output,
-        args.workers,
-    )
+    model = load_checkpoint(best, device)
+    tested = [split for split in splits if split != "train"]
+    evaluate_splits(model, best, args.dataset, tested, args.data_root, output, args.workers)
 
 
 def main():

@@ -1,0 +1,556 @@
+"""data.py: picture files, the way into the square and back, augmentation, RefCOCO's files, shapes."""
+
+import json
+import os
+import pickle
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_refer, plain_picture
+from PIL import Image
+
+import data
+from clip_model import HiVGError, Tokenizer
+from data import GroundingDataset, letterbox, load_image, prepare, to_pixels, to_square
+
+# ---------------------------------------------------------------------------------------- pictures
+
+ODD = {  # file: size upright, and (share of x, share of y, what its pixel there is about) or None
+    "gray_l.jpg": (240, 240),
+    "gray_16bit.png": (140, 140),
+    "palette_transparent.png": (220, 147),
+    "rgba.png": (180, 120),
+    "cmyk_adobe.jpg": (320, 208),
+    "exif_orientation_6.jpg": (320, 208),
+    "exif_orientation_3.jpg": (320, 208),
+    "one_pixel.png": (1, 1),
+    "wide_2000x8.jpg": (2000, 8),
+    "animated.gif": (160, 107),
+    "photo.webp": (320, 214),
+}
+BROKEN = ("truncated.jpg", "empty.jpg", "text.jpg", "broken_crc.png")
+BOMBS = ("bomb_30000x30000.png", "bomb_20000x20000_complete.png")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_pictures_work(shared, name):
+    """Every kind of picture gives three channels in its upright size, and a finite square."""
+    image = load_image(shared / "odd_images" / name)
+    assert image.mode == "RGB" and image.size == ODD[name]
+    square, padding, geometry = prepare(image, 64)
+    assert square.shape == (3, 64, 64) and square.isfinite().all() and not padding.all()
+    assert to_pixels(torch.tensor([0.5, 0.5, 1.0, 1.0]), geometry).tolist() == [0, 0, *ODD[name]]
+
+
+def test_odd_pictures_show_what_the_files_show(shared):
+    """Not almost white (16 bit), not negative (CMYK), upright (EXIF), the first frame (GIF)."""
+
+    def pixels(name):
+        return np.asarray(load_image(shared / "odd_images" / name)).astype(float)
+
+    gray = pixels("gray_l.jpg")
+    assert (gray[..., 0] == gray[..., 1]).all() and (gray[..., 0] == gray[..., 2]).all()
+    assert abs(pixels("gray_16bit.png").mean() - 128) < 5
+    for name in ("cmyk_adobe.jpg", "exif_orientation_6.jpg", "exif_orientation_3.jpg"):
+        red, _, blue = pixels(name)[:20].mean(axis=(0, 1))  # a blue sky at the top
+        assert blue > red + 20, name
+    assert pixels("animated.gif").mean() > 40  # the last frame is black
+    assert pixels("one_pixel.png").tolist() == [[[200, 30, 40]]]
+
+
+@pytest.mark.parametrize("name", BROKEN + BOMBS)
+def test_broken_pictures_are_told(shared, name):
+    """A file that is damaged, no picture, or a bomb is one sentence with its name."""
+    with pytest.raises(HiVGError, match=name) as caught:
+        load_image(shared / "odd_images" / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lifted", [False, True])
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, lifted):
+    """A header that claims 30000 x 30000 is refused for that, even if Pillow's own limit is off."""
+    if lifted:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 1, 0, 0, 0, 0)
+    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    body = b"IDAT" + zlib.compress(b"")
+    chunks += struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.raises(HiVGError, match="bomb.png.*pixels"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    "mode, colour, expected",
+    [
+        ("1", 1, (255, 255, 255)),
+        ("L", 90, (90, 90, 90)),
+        ("LA", (90, 0), (255, 255, 255)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), (255, 255, 255)),
+        ("I;16", 257 * 100, (100, 100, 100)),
+        ("P", 0, (0, 0, 0)),
+    ],
+)
+def test_modes_become_rgb(tmp_path, mode, colour, expected):
+    """Alpha is laid over white, 16-bit grey is scaled, everything else keeps its colour."""
+    image = Image.new(mode, (9, 5), colour)
+    if mode == "P":
+        image.putpalette([0, 0, 0] * 256)
+    image.save(tmp_path / "picture.png")
+    found = load_image(tmp_path / "picture.png")
+    assert found.mode == "RGB" and found.size == (9, 5) and found.getpixel((4, 2)) == expected
+
+
+def test_missing_and_empty_files_are_told(tmp_path):
+    """No such file, an empty one, a folder, text, half a JPEG: one sentence that names it."""
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "text.jpg").write_text("this is no picture at all\n")
+    plain_picture(200, 200).save(tmp_path / "whole.jpg")
+    whole = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) * 2 // 3])
+    load_image(tmp_path / "whole.jpg")
+    for name in ("absent.jpg", "empty.jpg", "folder.jpg", "text.jpg", "half.jpg"):
+        with pytest.raises(HiVGError, match=name) as caught:
+            load_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def test_exif_rotation(tmp_path):
+    """A user's own photograph is turned upright; a data set's stays as stored, as its boxes are."""
+    picture = plain_picture(60, 40, (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    row = {"image": picture, "bbox": [0, 0, 20, 20], "save": {"exif": exif, "quality": 95}}
+    make_refer(tmp_path, [row])
+    dataset = GroundingDataset("refcoco", "train", tmp_path, 60, mean=(0, 0, 0), std=(1, 1, 1))
+    upright = load_image(dataset.samples[0].image)
+    assert upright.size == (40, 60) and upright.getpixel((35, 5))[1] < 60  # red, at the right
+    item = dataset[0]
+    assert not item["padding"][10:50].any() and item["padding"][:10].all()
+    assert item["image"][1, 12:28, 2:18].max() < 0.3 and item["image"][1, 12:48, 40:].min() > 0.4
+    torch.testing.assert_close(item["box"] * 60, torch.tensor([10.0, 20.0, 20.0, 20.0]))
+
+
+# ---------------------------------------------------------------------------- the square, and back
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (1, 1), (2000, 8), (8, 2000), (7, 5)])
+@pytest.mark.parametrize("side", [64, 224])
+def test_a_box_comes_back_within_half_a_pixel(size, side):
+    """From the photograph's pixels into the padded square and back: within half a pixel, in float32."""
+    geometry = letterbox((0, 0, *size), side)
+    rng = random.Random(0)
+    for _ in range(50):
+        x, y = (sorted(rng.uniform(0, length) for _ in "12") for length in size)
+        box = torch.tensor([x[0], y[0], x[1], y[1]])
+        square = to_square(box.tolist(), geometry)
+        assert (square >= 0).all() and (square <= 1).all()
+        assert (to_pixels(square, geometry) - box).abs().max() <= 0.5
+    assert max(geometry.inner[2:]) == side and min(geometry.inner[2:]) >= 1
+    whole = to_square((0, 0, *size), geometry) * side
+    left, top, width, height = geometry.inner
+    assert whole.tolist() == pytest.approx([left + width / 2, top + height / 2, width, height])
+    assert abs(2 * left + width - side) <= 1 and abs(2 * top + height - side) <= 1  # evenly
+
+
+def test_a_box_is_clipped_to_the_photograph():
+    """A predicted box that reaches into the padding comes back inside the photograph."""
+    geometry = letterbox((0, 0, 640, 480), 224)
+    boxes = to_pixels(torch.tensor([[0.5, 0.5, 2.0, 2.0], [0.5, 0.0, 0.1, 0.1]]), geometry)
+    assert boxes[0].tolist() == [0, 0, 640, 480]
+    assert boxes[1, 1] == boxes[1, 3] == 0
+
+
+def test_padding_is_zero_after_normalisation():
+    """Padding is marked and holds zeros; pixels are normalised with the mean and deviation given."""
+    square, padding, geometry = prepare(Image.new("RGB", (40, 20), (51, 102, 204)), 40)
+    assert padding[:10].all() and padding[30:].all() and not padding[10:30].any()
+    assert geometry.inner == (0, 10, 40, 20)
+    assert (square[:, padding] == 0).all()
+    for channel, (value, mean, std) in enumerate(
+        zip((0.2, 0.4, 0.8), data.CLIP_MEAN, data.CLIP_STD)
+    ):
+        assert square[channel, 20, 20].item() == pytest.approx((value - mean) / std, abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+    """Green boxes on grey in pictures of several shapes, as a data set; (dataset, number of rows)."""
+    rows = []
+    for width, height, box in (
+        (640, 480, (400, 100, 560, 300)),
+        (333, 500, (5, 300, 100, 480)),
+        (700, 200, (300, 20, 380, 180)),
+        (50, 60, (10, 10, 40, 45)),
+    ):
+        image = plain_picture(width, height, box, (0, 255, 0))
+        bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        rows.append({"image": image, "bbox": bbox, "texts": ["the green thing", "left one"]})
+    root = make_refer(tmp_path_factory.mktemp("painted"), rows)
+    return lambda **more: GroundingDataset("refcoco", "train", root, 112, augment=True, **more)
+
+
+def test_an_augmented_box_covers_the_object(painted):
+    """However the picture is cropped, scaled and placed, the box in the square is where the object
+    is drawn, its centre is kept, and nothing of the object is outside of it."""
+    dataset = painted(mean=(0, 0, 0), std=(1, 1, 1))
+    sizes = set()
+    for epoch in range(12):
+        dataset.set_epoch(0, epoch)
+        for item in map(dataset.__getitem__, range(len(dataset))):
+            green = item["image"][1] - item["image"][0] > 0.2  # jitter leaves it greener than grey
+            cx, cy, w, h = (item["box"] * 112).tolist()
+            rows, columns = torch.where(green)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            expected = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+            assert np.abs(np.array(found) - np.array(expected)).max() < 2, (epoch, item["index"])
+            assert green[int(cy), int(cx)] and not item["padding"][int(cy), int(cx)]
+            assert not (green & item["padding"]).any()
+            assert (item["image"][:, item["padding"]] == 0).all()
+            sizes.add(round(w))
+    assert len(sizes) > 10
+
+
+def test_a_crop_keeps_the_centre_and_spares_words_of_place():
+    """A crop lies in the picture and keeps the box's centre; with "left" in the text there is none."""
+    crops = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        size, box = (640, 300), (500.0, 10.0, 638.0, 120.0)
+        geometry = data.random_geometry(rng, size, box, "the dog", 224)
+        x1, y1, x2, y2 = geometry.region
+        assert 0 <= x1 <= 569 <= x2 <= 640 and 0 <= y1 <= 65 <= y2 <= 300
+        left, top, width, height = geometry.inner
+        assert 0 <= left <= 224 - width and 0 <= top <= 224 - height
+        assert 56 <= max(width, height) <= 224
+        crops += geometry.region != (0, 0, *size)
+        rng = np.random.default_rng(seed)
+        geometry = data.random_geometry(rng, size, box, "the leftmost dog", 224)
+        assert geometry.region == (0, 0, *size)
+    assert 60 < crops < 140
+
+
+def test_augmentation_follows_from_seed_stage_epoch_and_index(painted):
+    """The same four numbers give the same picture, in any order of reading; other numbers another."""
+
+    def item(seed, stage, epoch, index, before=()):
+        dataset = painted(seed=seed)
+        dataset.set_epoch(stage, epoch)
+        for other in before:
+            dataset[other]
+        return dataset[index]["image"]
+
+    first = item(0, 1, 2, 3)
+    assert torch.equal(first, item(0, 1, 2, 3, before=(5, 0, 3)))
+    for numbers in ((1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 2)):
+        assert not torch.equal(first, item(*numbers)), numbers
+
+
+# --------------------------------------------------------------------------------- RefCOCO's files
+
+
+def test_photographs(shared):
+    """The real photographs: 36, 12, 8 and 8 expressions, every box inside its picture, as counted."""
+    for split, count in {"train": 36, "val": 12, "testA": 8, "testB": 8}.items():
+        dataset = GroundingDataset("refcoco", split, shared / "photos", 64)
+        assert len(dataset) == count and not dataset.report
+        for sample, item in zip(dataset.samples, map(dataset.__getitem__, range(count))):
+            x1, y1, x2, y2 = sample.box
+            assert 0 <= x1 < x2 <= sample.size[0] and 0 <= y1 < y2 <= sample.size[1]
+            assert item["text"] == item["text"].lower() and item["image"].shape == (3, 64, 64)
+            assert item["image"].std() > 0.3
+    assert data.available_splits("refcoco", shared / "photos") == ["train", "val", "testA", "testB"]
+
+
+@pytest.fixture(scope="module")
+def refer(tmp_path_factory):
+    """Two splits with everything that happens in such files."""
+    grey = plain_picture().convert("L")
+    rows = [
+        {"texts": ["The RED Café", " ", "thing "], "image": grey},  # 0
+        {"texts": ["out"], "bbox": [-5.5, 10, 20, 100], "image": plain_picture().convert("CMYK")},
+        {"bbox": [10, 10, 0, 5], "ref_id": 77},
+        {"bbox": [70, 10, 20, 20], "ref_id": 78},  # beside its picture
+        {"texts": ["in val"], "split": "val", "bbox": [0.25, 1.5, 10.5, 20.25]},
+        {"texts": [""]},
+        {"texts": ["other"], "split": "test"},
+    ]
+    return make_refer(tmp_path_factory.mktemp("data"), rows)
+
+
+def test_refer_files_of_python_2(refer):
+    """Byte strings in latin-1, fractions of pixels, lower case; the file is found by instances.json."""
+    train = GroundingDataset("refcoco", "train", refer, 64)
+    assert [s.text for s in train.samples] == ["the red café", "thing", "out"]
+    assert train.samples[0].image.endswith("train2014/COCO_train2014_000000000001.jpg")
+    assert train.samples[0].box == (10, 10, 30, 30) and train.samples[0].size == (60, 40)
+    val = GroundingDataset("refcoco", "val", refer, 64)
+    assert [s.box for s in val.samples] == [(0.25, 1.5, 10.75, 21.75)]
+    objects = [tuple(item["object"].tolist()) for item in train]
+    assert objects == [(1, 101), (1, 101), (2, 102)]
+    assert all(item["image"].shape == (3, 64, 64) for item in train)  # grey and CMYK too
+
+
+def test_what_is_wrong_in_a_data_set_is_reported(refer):
+    """Boxes that stick out are clipped, ones without area are left out and named by ref_id, empty
+    expressions are counted and left out."""
+    train = GroundingDataset("refcoco", "train", refer, 64)
+    assert train.samples[2].box == (0, 10, 14.5, 40)
+    report = "\n".join(train.report)
+    assert "2 empty" in report and "77, 78" in report and "2 boxes without area" in report
+    assert "1 boxes clipped" in report
+    assert not GroundingDataset("refcoco", "val", refer, 64).report
+
+
+def test_splits_are_whole_words(tmp_path):
+    """A split is not found inside another one's name, and what is not there is told, with what is."""
+    make_refer(tmp_path, [{"split": "testA", "texts": ["a"]}, {"split": "train", "texts": ["b"]}])
+    assert data.available_splits("refcoco", tmp_path) == ["train", "testA"]
+    assert [s.text for s in GroundingDataset("refcoco", "testA", tmp_path, 64).samples] == ["a"]
+    with pytest.raises(HiVGError, match="'testB'.*testA, train"):
+        GroundingDataset("refcoco", "testB", tmp_path, 64)
+    for split in ("test", "tra", "Val", ""):
+        with pytest.raises(HiVGError, match="train val testA testB"):
+            GroundingDataset("refcoco", split, tmp_path, 64)
+    with pytest.raises(HiVGError, match="'coco'.*refcoco, refcoco\\+, refcocog"):
+        GroundingDataset("coco", "train", tmp_path, 64)
+
+
+def test_missing_files_are_told(tmp_path, refer):
+    """Which file is missing, where it was looked for, and where to get it: one sentence."""
+
+    def message(name="refcoco", root=tmp_path):
+        with pytest.raises(HiVGError) as caught:
+            GroundingDataset(name, "train", root, 64)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    text = message(root=tmp_path / "absent")
+    assert str(tmp_path / "absent/refcoco/refs(unc).p") in text and "http" in text
+    assert "refs(umd).p" in message("refcocog", refer)
+    assert "refs(google).p" in message("refcocog-google", refer)
+    make_refer(tmp_path, [{"image": None}])
+    text = message()
+    assert "train2014" in text and "000000000001.jpg" in text and "cocodataset.org" in text
+    (tmp_path / "refcoco/instances.json").write_text("{")
+    assert "instances.json" in message()
+    (tmp_path / "refcoco/instances.json").write_text('{"images": [], "annotations": []}')
+    assert "fit together" in message()
+    (tmp_path / "refcoco/instances.json").unlink()
+    assert "instances.json" in message()
+
+
+def test_a_picture_of_another_size_is_told(tmp_path):
+    """A picture that is not the annotated one (resized, rotated) is told by name, not used."""
+    make_refer(tmp_path, [{"size": (40, 60)}])
+    dataset = GroundingDataset("refcoco", "train", tmp_path, 64)
+    with pytest.raises(HiVGError, match="000000000001.jpg has 60 x 40.*40 x 60"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("place", data.PICTURES)
+def test_pictures_are_found_in_all_usual_places(tmp_path, place):
+    """Pictures may lie in any of the folders people have them in, COCO 2017's names too."""
+    make_refer(tmp_path, [{}])
+    name = "COCO_train2014_000000000001.jpg"
+    target = tmp_path / place.format(folder="refcoco", name=name, id=1)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "images/mscoco/images/train2014" / name).rename(target)
+    assert GroundingDataset("refcoco", "train", tmp_path, 64).samples[0].image == str(target)
+
+
+class Malicious:
+    """Makes a folder if it is ever unpickled with code allowed."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
+    """Refs that hold anything but plain data are refused by name, and nothing in them is run."""
+    make_refer(tmp_path, [{}])
+    content = [{"ref_id": 1, "split": "train", "sentences": Malicious(tmp_path / "ran")}]
+    (tmp_path / "refcoco/refs(unc).p").write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(HiVGError, match=r"refs\(unc\).p.*mkdir"):
+        GroundingDataset("refcoco", "train", tmp_path, 64)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps(3)])
+def test_a_broken_pickle_is_told(tmp_path, content):
+    """Refs that are no list of dicts are one sentence with the file's name."""
+    make_refer(tmp_path, [{}])
+    (tmp_path / "refcoco/refs(unc).p").write_bytes(content)
+    with pytest.raises(HiVGError, match=r"refs\(unc\).p"):
+        GroundingDataset("refcoco", "train", tmp_path, 64)
+
+
+def test_collate(refer, tokenizer):
+    """A batch has the items in order; tokens are cut to the longest text, rounded up."""
+    train = GroundingDataset("refcoco", "train", refer, 64)
+    batch = data.collate([train[2], train[0]], tokenizer)
+    assert batch["texts"] == ["out", "the red café"] and batch["indices"].tolist() == [2, 0]
+    assert batch["images"].shape == (2, 3, 64, 64) and batch["padding"].dtype == torch.bool
+    whole = tokenizer(batch["texts"])
+    length = batch["tokens"].shape[1]
+    assert length % 4 == 0 and 0 <= length - (whole != 0).sum(dim=1).max() < 4
+    assert torch.equal(batch["tokens"], whole[:, :length])
+    assert batch["objects"].tolist() == [[2, 102], [1, 101]]
+
+
+def test_cached_pictures_are_the_same(refer):
+    """Keeping pictures in memory changes nothing, on the first reading and on later ones."""
+    plain, kept = (GroundingDataset("refcoco", "train", refer, 64, cache=c) for c in (False, True))
+    for _ in range(2):
+        for a, b in zip(plain, kept):
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["box"], b["box"])
+
+
+# ------------------------------------------------------------------------------ the shapes data set
+
+
+def plain_words(text):
+    """The text in the words of the tables: synonyms replaced, articles dropped."""
+    for word, ways in data.WORDS.items():
+        for way in sorted(set(ways.split("|")), key=len, reverse=True):
+            text = f" {text} ".replace(f" {way} ", f" {word or 'any'} ").strip()
+    return text.split()
+
+
+@pytest.mark.parametrize("split", ["val", "testA", "testB", "train"])
+def test_scenes_are_as_described(split):
+    """Expressions and boxes of a scene are the same each time; none is hidden, few kinds and
+    colours, all inside; the picture shows the shapes' colours."""
+    for number in range(12):
+        shapes, texts, captions, jpeg = data.make_scene((split, number))
+        assert data.make_scene((split, number))[:3] == (shapes, texts, captions)
+        assert bool(captions) == (split == "train")
+        assert (1 if split == "train" else 3) <= len(shapes) <= 5
+        assert len({s.kind for s in shapes}) <= 2 and len({s.colour for s in shapes}) <= 3
+        for i, shape in enumerate(shapes):
+            x1, y1, x2, y2 = shape.box
+            assert 0 <= x1 < x2 <= 2 * data.SIDE and 0 <= y1 < y2 <= 2 * data.SIDE
+        assert set(texts.values()) <= set(range(len(shapes)))
+
+
+def test_attribute_expressions_are_true_of_exactly_one_shape():
+    """ "the small red circle" is true of the shape it is written for and of no other, checked word by word."""
+    checked = 0
+    for number in range(60):
+        shapes, texts, *_ = data.make_scene(("val", number))
+        for text, target in texts.items():
+            words = [word for word in plain_words(text) if word != "the"]
+            if all(word in (*data.SIZES, *data.COLOURS, *data.KINDS, "any") for word in words):
+                told = [w for w in words if w != "any"]
+                true_of = [i for i, s in enumerate(shapes) if set(told) <= set(s[:3])]
+                assert true_of == [target], text
+                checked += 1
+    assert checked > 60
+
+
+def test_place_and_relation_expressions_are_true_of_exactly_one_shape():
+    """Superlatives of place and "left of the ..." hold for their shape and for no other that the
+    words before them are true of, recomputed from the boxes alone."""
+    checked = {"leftmost": 0, "highest": 0, "left of": 0, "below": 0}
+    directions = {  # how far, from a box's centre
+        "leftmost": lambda x, y: -x,
+        "highest": lambda x, y: -y,
+        "left of": lambda x, y: -x,
+        "below": lambda x, y: y,
+    }
+    for number in range(400):
+        rng = random.Random(number)
+        shapes = data.arrange(rng, rng.choice((3, 4, 5)))
+        centres = [((s.box[0] + s.box[2]) / 2, (s.box[1] + s.box[3]) / 2) for s in shapes]
+        for category in ("place", "relation"):
+            found = data.expression(rng, shapes, category)
+            if found is None:
+                continue
+            text, target = found
+            for phrase, degree in directions.items():
+                if phrase not in text or "to the left of" in text:
+                    continue
+                before, _, after = text.partition(phrase)
+                who, whom = (before, after) if category == "relation" else (before + after, "")
+                said = set(plain_words(who.strip())) - {"the", "any"}
+                able = [i for i, s in enumerate(shapes) if said <= set(s[:3])]
+                assert target in able, text
+                values = {i: degree(*centres[i]) for i in able}
+                if category == "relation":
+                    named = set(plain_words(whom.strip())) - {"the", "any"}
+                    others = [i for i, s in enumerate(shapes) if named <= set(s[:3])]
+                    assert len(others) == 1, text
+                    origin = degree(*centres[others[0]])
+                    values.pop(others[0], None)
+                    assert values[target] > origin, text
+                assert len(able) > 1 and values[target] == max(values.values()), text
+                checked[phrase] += 1
+    assert min(checked.values()) >= 3, checked
+
+
+@pytest.fixture
+def small_shapes(monkeypatch):
+    """A data set of a few scenes in place of the thousands."""
+    counts = {"val": 12, "testA": 6, "testB": 6, "train": 24}
+    small = {split: (counts[split], *more) for split, (_, *more) in data.SPLITS.items()}
+    monkeypatch.setattr(data, "SPLITS", small)
+
+
+def test_shapes_are_read_as_refcoco_is(small_shapes, tmp_path):
+    """Generated on first use in RefCOCO's layout; no scene in two splits; boxes lie on their shapes;
+    every word is one token of its vocabulary; the next use reads the same files."""
+    sets = {s: GroundingDataset("shapes", s, tmp_path, 80) for s in data.SPLITS}
+    folder = tmp_path / "shapes"
+    assert sorted(os.listdir(tmp_path)) == ["shapes"]
+    stamp = (folder / "refs(unc).p").stat().st_mtime_ns
+    scenes = {split: {s.image_id for s in dataset.samples} for split, dataset in sets.items()}
+    assert all(scenes.values()) and len(set.union(*scenes.values())) == sum(map(len, scenes.values()))
+    tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
+    for split, dataset in sets.items():
+        assert not dataset.report
+        for sample in dataset.samples:
+            assert len(tokenizer.encode(sample.text)) == len(sample.text.split()), sample.text
+        relations = [any(w in s.text for w in RELATION_WORDS) for s in dataset.samples]
+        assert {"testA": not any(relations), "testB": all(relations)}.get(split, any(relations))
+    captions = json.loads((folder / "captions.json").read_text())
+    assert {os.path.basename(s.image) for s in sets["train"].samples} <= captions.keys()
+    assert GroundingDataset("shapes", "val", tmp_path, 80).samples == sets["val"].samples
+    assert (folder / "refs(unc).p").stat().st_mtime_ns == stamp
+    first = sets["val"].samples[0]
+    pixels = np.asarray(load_image(first.image)).astype(float)
+    x1, y1, x2, y2 = map(round, first.box)
+    inside = pixels[y1:y2, x1:x2].std(axis=(0, 1)).max()
+    assert inside > 20  # something is drawn there
+
+
+RELATION_WORDS = (
+    *("left of", "right of", "above", "over", "below", "under", "beneath"),
+    *("closest", "nearest", "next to", "farthest", "furthest away"),
+)
+
+
+def test_half_finished_shapes_are_not_used(small_shapes, tmp_path, monkeypatch):
+    """Stopped while the data set is written, nothing of it is taken for whole: the next run makes it."""
+
+    def stop(words):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "learn_merges", stop)
+        with pytest.raises(KeyboardInterrupt):
+            GroundingDataset("shapes", "val", tmp_path, 80)
+    assert not (tmp_path / "shapes").exists()
+    assert len(GroundingDataset("shapes", "val", tmp_path, 80)) > 20
+    assert sorted(os.listdir(tmp_path)) == ["shapes"]
