@@ -40,7 +40,7 @@ MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program 
 def to_rgb(image):
     """A PIL image of any mode as RGB: alpha laid over white, 16-bit grey scaled to 8 bits."""
     if image.mode.startswith("I"):  # I;16 or, from some formats, I: convert("RGB") would clip it
-        image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -117,16 +117,20 @@ def cut(image, geometry):
     return image.resize(geometry.inner[2:], Image.BILINEAR, box=geometry.region)
 
 
-def in_square(image, geometry, mean, std):
-    """What `cut` gives, as the square that the model sees: float32 [3, S, S], normalised, 0 in the
-    padding; and bool [S, S], True where it is padding."""
+def as_bytes(image):
+    """PIL image, RGB -> uint8 tensor [3, h, w]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
+
+
+def in_square(pixels, geometry, mean, std):
+    """uint8 tensor [3, h, w] -> the square that the model sees: float32 [3, S, S], normalised, 0 in
+    the padding; and bool [S, S], True where it is padding."""
     left, top, width, height = geometry.inner
     inner = (slice(top, top + height), slice(left, left + width))
     square = torch.zeros(3, geometry.side, geometry.side)
     padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
-    mean, std = torch.tensor((mean, std)).mul_(255)  # each [3]
-    pixels = (torch.from_numpy(np.array(image)) - mean) / std  # [h, w, 3]
-    square[(slice(None), *inner)] = pixels.permute(2, 0, 1)
+    mean, std = torch.tensor((mean, std)).mul_(255).view(2, 3, 1, 1)
+    square[(slice(None), *inner)] = pixels.float().sub_(mean).div_(std)
     padding[inner] = False
     return square, padding
 
@@ -134,7 +138,7 @@ def in_square(image, geometry, mean, std):
 def prepare(image, image_size, mean=CLIP_MEAN, std=CLIP_STD):
     """A PIL image as evaluation sees it: float32 [3, S, S], padding bool [S, S], Geometry."""
     geometry = letterbox((0, 0, *image.size), image_size)
-    return *in_square(cut(to_rgb(image), geometry), geometry, mean, std), geometry
+    return *in_square(as_bytes(cut(to_rgb(image), geometry)), geometry, mean, std), geometry
 
 
 # ------------------------------------------------------------------------------------ augmentation
@@ -156,8 +160,9 @@ def random_geometry(rng, size, box, text, side):
         for length, low, high in zip(size, box[:2], box[2:]):
             crop = rng.integers(384, min(600, round(length * scale)) + 1) / scale
             centre = (low + high) / 2
-            start = rng.uniform(max(0, centre - crop), min(length - crop, centre))
-            starts.append(float(max(0, start)))
+            first = max(0, centre - crop)
+            start = rng.uniform(first, max(first, min(length - crop, centre)))
+            starts.append(start)
             ends.append(float(min(length, start + crop)))
         region = (*starts, *ends)
     step = side / 7  # 32 pixels for S = 224, where the long side becomes 224, 192, ..., 64, 56
@@ -278,7 +283,9 @@ def read_refer(name, split, data_root):
         raise HiVGError(f"{name} has no split {split!r}: choose one of {source.splits}.")
     folder = os.path.join(data_root, source.folder)
     if split not in refs:
-        raise HiVGError(f"{folder} holds no refs of split {split!r}, only of {', '.join(refs)}.")
+        raise HiVGError(
+            f"{folder} holds no refs of split {split!r}, only of {', '.join(map(str, refs))}."
+        )
     instances = read_file(name, data_root, "instances.json", json.load)
     samples, flat, empty, clipped = [], [], 0, 0
     try:
@@ -303,7 +310,7 @@ def read_refer(name, split, data_root):
             texts = [sentence["sent"].strip().lower() for sentence in ref["sentences"]]
             samples += [Sample(path, text, box, *ids, size) for text in texts if text]
             empty += texts.count("")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise HiVGError(
             f"The refs and instances.json in {folder} do not fit together or lack something "
             f"({type(error).__name__}: {error}): {source.origin.format(source)}."
@@ -349,8 +356,13 @@ class GroundingDataset(torch.utils.data.Dataset):
     ):
         self.name, self.split = name, split
         self.samples, self.report = read_refer(name, split, data_root)
+        if not self.samples:
+            raise HiVGError(
+                f"Split {split} of {name} in {data_root} holds no expression that can be used: "
+                f"{'; '.join(self.report)}."
+            )
         self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
-        self.cache = {} if cache and not augment else None  # path -> what `cut` gave, Geometry
+        self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
         self.seed, self.stage, self.epoch = seed, 0, 0
 
     def __len__(self):
@@ -361,7 +373,7 @@ class GroundingDataset(torch.utils.data.Dataset):
         self.stage, self.epoch = stage, epoch
 
     def read(self, sample, index):
-        """The sample's picture, cut and resized, PIL or uint8 array [h, w, 3]; and its Geometry."""
+        """The sample's picture, cut and resized, uint8 [3, h, w]; and its Geometry."""
         if self.cache is not None and sample.image in self.cache:
             return self.cache[sample.image]
         image = load_image(sample.image, upright=False)
@@ -374,9 +386,9 @@ class GroundingDataset(torch.utils.data.Dataset):
             rng = np.random.default_rng([self.seed, self.stage, self.epoch, index])
             geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
             image = cut(image, geometry)
-            return jitter(rng, image) if rng.random() < 0.8 else image, geometry
+            return as_bytes(jitter(rng, image) if rng.random() < 0.8 else image), geometry
         geometry = letterbox((0, 0, *image.size), self.image_size)
-        pixels = np.array(cut(image, geometry))
+        pixels = as_bytes(cut(image, geometry))
         if self.cache is not None:
             self.cache[sample.image] = pixels, geometry
         return pixels, geometry
@@ -418,12 +430,12 @@ def collate(items, tokenize):
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
 TRAIN_SCENES = 8_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
-EVERYTHING = ("attributes", "place", "relation")
+EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 8, EVERYTHING),
+    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 8, ("relation", "place", "relation", "attributes")),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
@@ -455,7 +467,7 @@ WORDS = {  # how people call it, the usual way twice; every other word stands fo
 
 def beside(along, across):
     """How far something lies to one side: clearly so only where it is not as far to another."""
-    return along if along <= 0 else max(0.01, along - abs(across) / 2)
+    return along if along <= 0 else max(0.01, along - 0.6 * abs(across))
 
 
 # Templates; how much it is so for a shape at x, y (right and down, in shares of the side, from the
@@ -506,25 +518,24 @@ def overlap(a, b):
 def arrange(rng, count):
     """`count` shapes, in drawing order, of few kinds and colours, none hidden by over a quarter.
 
-    A shape fills a third of its box or more; later boxes overlap at most a twelfth of it.
+    All but the star fill half of their box, so an eighth of it may lie under later shapes' boxes.
     """
     kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), rng.choice((2, 3)))
-    shapes, tries = [], 0
+    shapes, hidden, tries = [], [], 0
     while len(shapes) < count:
-        if tries % (30 * count) == 0:  # a scene that does not come out is begun again
-            shapes, sizes = [], [rng.choice(list(SIZES)) for _ in range(count)]
+        if tries % (15 * count) == 0:  # a scene that does not come out is begun again
+            shapes, hidden = [], []
         tries += 1
-        side = 2 * SIDE * rng.uniform(*SIZES[sizes[len(shapes)]])
+        look = rng.choice(("small", "big", "big")), rng.choice(colours), rng.choice(kinds)
+        side = 2 * SIDE * rng.uniform(*SIZES[look[0]])
         w, h = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
         x, y = rng.randint(2, 2 * SIDE - 2 - w), rng.randint(2, 2 * SIDE - 2 - h)
-        look = sizes[len(shapes)], rng.choice(colours), rng.choice(kinds), (x, y, x + w, y + h)
-        scene = [
-            *shapes,
-            Shape(*look, (x + w / 2 - SIDE) / 2 / SIDE, (y + h / 2 - SIDE) / 2 / SIDE),
-        ]
-        hidden = [sum(overlap(s.box, t.box) for t in scene[i + 1 :]) for i, s in enumerate(scene)]
-        if all(12 * area <= overlap(s.box, s.box) for area, s in zip(hidden, scene)):
-            shapes = scene
+        box, centre = (x, y, x + w, y + h), (2 * x + w - 2 * SIDE, 2 * y + h - 2 * SIDE)
+        new = Shape(*look, box, centre[0] / 4 / SIDE, centre[1] / 4 / SIDE)
+        areas = [area + overlap(box, shape.box) for area, shape in zip(hidden, shapes)]
+        limits = [overlap(s.box, s.box) / (12 if s.kind == "star" else 8) for s in shapes]
+        if all(area <= limit for area, limit in zip(areas, limits)):
+            shapes, hidden = [*shapes, new], [*areas, 0]
     return shapes
 
 
@@ -556,26 +567,28 @@ def expression(rng, shapes, category):
     """One try at an expression: (text, number of the shape it is true of), or None where it is not
     proven to be true of that one alone, or says more than one needs."""
     target = rng.choice(shapes)
-    said = describe(rng, target)
+    said, ways, names = describe(rng, target), "{}", ()
     rivals = [shape for shape in matching(shapes, said) if shape is not target]
-    words = [phrase(rng, said)]
     if category == "attributes":
-        ways, proven = "{}", any(said) and not rivals
+        proven = any(said) and not rivals
+    elif not rivals and len(shapes) > 1:  # no need to say where it is
+        return None
     elif category == "place":
         ways, degree, superlative = rng.choice(PLACES)
         proven = holds(lambda s: degree(s.x, s.y), superlative, target, rivals)
-        proven = proven and (rivals or len(shapes) == 1)
     else:
         ways, degree, superlative = rng.choice(RELATIONS)
         other = rng.choice(shapes)
-        name = describe(rng, other)  # has to say by itself which one is meant
-        words.append("the " + phrase(rng, name))
-        proven = rivals and other is not target and matching(shapes, name) == [other]
+        names = (describe(rng, other),)  # has to say by itself which one is meant
+        if other is target or matching(shapes, names[0]) != [other]:
+            return None
         rivals = [shape for shape in rivals if shape is not other]
-        beyond = lambda s: degree(s.x - other.x, s.y - other.y)  # noqa: E731
-        proven = proven and holds(beyond, superlative, target, rivals)
+        proven = holds(lambda s: degree(s.x - other.x, s.y - other.y), superlative, target, rivals)
+    if not proven:
+        return None
+    words = [phrase(rng, said), *("the " + phrase(rng, name) for name in names)]
     text = rng.choice(("", "", "the ")) + rng.choice(ways.split("|")).format(*words)
-    return (text, shapes.index(target)) if proven else None
+    return text, shapes.index(target)
 
 
 def caption(rng, shapes):
@@ -594,7 +607,7 @@ def draw(rng, shapes):
     """The scene as JPEG bytes: shapes with thin dark outlines on a light, shaded background."""
     slope = np.linspace(-1, 1, 2 * SIDE)
     shade = rng.uniform(-14, 14) * slope[:, None] + rng.uniform(-14, 14) * slope  # [2 S, 2 S]
-    light = shade[..., None] + [rng.uniform(205, 240) for _ in "rgb"]  # [2 S, 2 S, 3]
+    light = shade[..., None] + [rng.uniform(200, 226) for _ in "rgb"]  # [2 S, 2 S, 3]
     image = Image.fromarray(light.astype(np.uint8))
     for shape in shapes:
         x1, y1, x2, y2 = shape.box
@@ -642,6 +655,27 @@ def learn_merges(words):
     return list(ranks)
 
 
+def annotate(texts, shapes, picture, split, annotations, refs):
+    """Add a scene's shapes and expressions to the annotations and refs, as RefCOCO has them: a box
+    for each shape, a ref for each that is spoken of."""
+    for number, shape in enumerate(shapes):
+        ids = {"image_id": picture["id"], "category_id": list(KINDS).index(shape.kind) + 1}
+        x1, y1, x2, y2 = (value / 2 for value in shape.box)  # half pixels -> pixels
+        note = {"id": len(annotations) + 1, **ids, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        note["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+        annotations.append({**note, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
+        own = [text for text, of in texts.items() if of == number]
+        if own:
+            ref = {"ref_id": len(refs) + 1, "ann_id": note["id"], **ids, "split": split}
+            ref["file_name"] = picture["file_name"].replace(".jpg", f"_{note['id']}.jpg")
+            ref["sent_ids"] = [10 * note["id"] + place for place in range(len(own))]
+            ref["sentences"] = [
+                {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
+                for sent_id, text in zip(ref["sent_ids"], own)
+            ]
+            refs.append(ref)
+
+
 def generate_shapes(folder):
     """Write the shapes data set into a folder that is not there yet: instances.json, refs(unc).p
     and images/ in RefCOCO's layout; captions.json, {file name: captions} of the train scenes; and
@@ -652,15 +686,12 @@ def generate_shapes(folder):
     shutil.rmtree(half, ignore_errors=True)
     os.makedirs(os.path.join(half, "images"))
     pictures, annotations, refs, captions, words, split_of = [], [], [], {}, set(), {}
-    sent_ids = itertools.count(1)
     jobs = [(split, number) for split in SPLITS for number in range(SPLITS[split][0])]
     with multiprocessing.Pool() as pool:
         scenes = pool.imap(make_scene, jobs, chunksize=50)
         for (split, _), scene in zip(tqdm(jobs, "making shapes", unit="scene"), scenes):
             shapes, texts, told, jpeg = scene
-            look = frozenset(
-                (*shape[:3], round(8 * shape.x), round(8 * shape.y)) for shape in shapes
-            )
+            look = frozenset((*s[:3], round(8 * s.x), round(8 * s.y)) for s in shapes)
             if split_of.setdefault(look, split) != split:
                 continue  # much the same scene is in another split already
             picture = {"id": len(pictures) + 1, "width": SIDE, "height": SIDE}
@@ -671,27 +702,7 @@ def generate_shapes(folder):
             if told:
                 captions[name] = told
             words.update(" ".join([*texts, *told]).replace(",", "").split())
-            for number, shape in enumerate(shapes):
-                ids = {"image_id": picture["id"], "category_id": list(KINDS).index(shape.kind) + 1}
-                x1, y1, x2, y2 = (value / 2 for value in shape.box)  # half pixels -> pixels
-                note = {"id": len(annotations) + 1, **ids, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-                note["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-                annotations.append({**note, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
-                own = [text for text, of in texts.items() if of == number]
-                for three in filter(None, (own[:3], own[3:6], own[6:])):  # a ref has up to three
-                    ref = {"ref_id": len(refs) + 1, "ann_id": note["id"], **ids, "split": split}
-                    ref["file_name"] = name.replace(".jpg", f"_{note['id']}.jpg")
-                    ref["sentences"] = [
-                        {
-                            "sent_id": next(sent_ids),
-                            "sent": text,
-                            "raw": text,
-                            "tokens": text.split(),
-                        }
-                        for text in three
-                    ]
-                    ref["sent_ids"] = [sentence["sent_id"] for sentence in ref["sentences"]]
-                    refs.append(ref)
+            annotate(texts, shapes, picture, split, annotations, refs)
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
     instances = {"images": pictures, "annotations": annotations, "categories": categories}
     merges = ["# version: shapes", *map(" ".join, learn_merges(words))]

@@ -121,7 +121,7 @@ def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
         sample = dataset.samples[index]
         picture = load_image(sample.image, upright=False)
         geometry = letterbox((0, 0, *picture.size), model.config.image_size)
-        found_box = to_pixels(found[place], geometry)
+        found_box = to_pixels(found[place], geometry).tolist()
         for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
             draw_box(picture, box, colour)
         x, y = place % columns * (side + 8), place // columns * height

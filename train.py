@@ -109,6 +109,11 @@ SHAPES_CLIP = CLIPConfig(
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 250, 256, 2e-3
 
 
+def set_seed(*numbers):
+    """Let all that is random from here on follow from these numbers alone, resumed or not."""
+    torch.manual_seed(int(np.random.default_rng(numbers).integers(2**62)))
+
+
 def rate(step, steps, top):
     """Linear warm-up, then cosine to 0: the learning rate of a step (0 .. steps - 1) of a stage."""
     warmup = min(1, (step + 1) / min(WARMUP_STEPS, 1 + steps / 10))
@@ -273,7 +278,7 @@ def run(args):
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
         model, content = load_model(last)
-        args = argparse.Namespace(**content["settings"])
+        args = argparse.Namespace(**content["settings"] | {"resume": True})
         progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
     elif last.exists():
         raise HiVGError(
@@ -292,7 +297,9 @@ def run(args):
         if split not in sets:  # the data set's own word for it
             GroundingDataset(args.dataset, split, args.data_root)
     val_set = sets[args.select]
-    train_set = GroundingDataset(args.dataset, "train", args.data_root, args.augment, **picture)
+    train_set = GroundingDataset(
+        args.dataset, "train", args.data_root, augment=args.augment, **picture
+    )
 
     # a short account of what is going to happen
     print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
@@ -308,6 +315,7 @@ def run(args):
     while progress.stage < len(args.epochs):
         stage, epochs = progress.stage, args.epochs[progress.stage]
         top, batch_size = args.lr[stage], args.batch_size[stage]
+        set_seed(args.seed, stage)
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, top, weight_decay=WEIGHT_DECAY)
@@ -316,9 +324,7 @@ def run(args):
         for epoch in range(progress.epoch, epochs):
             began, line = time.time(), {"stage": stage, "epoch": epoch}
             if epoch >= 0:
-                # all randomness of an epoch follows from these three numbers
-                seed = int(np.random.default_rng([args.seed, stage, epoch]).integers(2**62))
-                torch.manual_seed(seed)
+                set_seed(args.seed, stage, epoch)
                 train_set.set_epoch(stage, epoch)
                 loader = DataLoader(
                     train_set,
@@ -327,7 +333,6 @@ def run(args):
                     drop_last=len(train_set) > batch_size,
                     num_workers=args.workers,
                     collate_fn=partial(collate, tokenize=model.tokenize),
-                    generator=torch.Generator().manual_seed(seed),
                 )
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]

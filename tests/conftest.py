@@ -9,14 +9,11 @@ import json
 import os
 import pickle
 import struct
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the project's six files
 
 import clip_model
 from clip_model import CLIP, CLIPConfig, Tokenizer
@@ -188,6 +185,9 @@ def refer_root(tmp_path_factory):
         colour = ("red", "blue")[i % 2]
         picture = plain_picture(60, 40, (x, y, x + side, y + side), colour)
         row = {"bbox": [float(v) for v in (x, y, side, side)], "image": picture}
-        row |= {"split": ["train", "val", "testA"][(i >= 8) + (i >= 12)], "texts": [f"{colour} one"]}
+        row |= {
+            "split": ["train", "val", "testA"][(i >= 8) + (i >= 12)],
+            "texts": [f"{colour} one"],
+        }
         rows.append(row)
     return make_refer(tmp_path_factory.mktemp("refer"), rows)

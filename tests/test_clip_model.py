@@ -7,9 +7,11 @@ import os
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import shake, tiny_clip
+from PIL import Image
 
 import clip_model
 from clip_model import HiVGError, Tokenizer, load_clip, save_clip, tokenize
@@ -38,7 +40,9 @@ def test_tokenizer_by_hand(tokenizer):
     assert tokenizer("red &amp;amp; one").tolist() == tokenizer("red & one").tolist()
 
 
-@pytest.mark.parametrize("text", ["the red one, second from left!", "café ☕ 東京", "it's 3 o'clock"])
+@pytest.mark.parametrize(
+    "text", ["the red one, second from left!", "café ☕ 東京", "it's 3 o'clock"]
+)
 def test_decode_undoes_encode(tokenizer, text):
     """decode(encode(text)) is the text, any script of it, up to blanks."""
     assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
@@ -52,7 +56,9 @@ def test_a_longer_text_is_cut_and_ends_with_the_end_token(tokenizer):
     assert tokenizer("red one blue", 4).tolist() == [[519, 513, 515, 520]]
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8bgarbage", b"# header\nno merge is this\n", b"\xff\xfe\xfa"])
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8bgarbage", b"# header\nno merge is this\n", b"\xff\xfe\xfa"]
+)
 def test_a_broken_vocabulary_is_told(tmp_path, content):
     """A file that is no vocabulary is the project's own error with the file's name."""
     for name in ("broken.txt", "broken.txt.gz"):
@@ -101,8 +107,14 @@ def hugging_face_state(clip):
     for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
         for i, block in enumerate(blocks.resblocks):
             prefix = f"{tower}encoder.layers.{i}."
-            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = block.ln_1, block.ln_2
-            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = block.mlp.c_fc, block.mlp.c_proj
+            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = (
+                block.ln_1,
+                block.ln_2,
+            )
+            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = (
+                block.mlp.c_fc,
+                block.mlp.c_proj,
+            )
             modules[prefix + "self_attn.out_proj"] = block.attn.out_proj
             for kind in ("weight", "bias"):
                 for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
@@ -193,6 +205,22 @@ def test_positional_embedding_resize():
         clip.resize(100)
 
 
+@pytest.mark.parametrize("image_size", [48, 112])
+def test_positional_embedding_resize_is_bicubic_and_antialiased(image_size):
+    """Smaller and larger grids are those of Pillow's bicubic filter, which is antialiased."""
+    clip = tiny_clip(image_size=80, patch_size=16)
+    before = clip.visual.positional_embedding.data[1:].view(5, 5, 64)
+    clip.resize(image_size)
+    side = image_size // 16
+    after = clip.visual.positional_embedding[1:].view(side, side, 64)
+    for channel in (0, 7):
+        picture = Image.fromarray(before[..., channel].numpy().copy())
+        expected = np.array(picture.resize((side, side), Image.BICUBIC))
+        torch.testing.assert_close(
+            after[..., channel].detach(), torch.from_numpy(expected), atol=1e-4, rtol=0
+        )
+
+
 # ------------------------------------------------------------------------------- files from outside
 
 
@@ -208,6 +236,7 @@ def test_save_clip_and_load_clip(tmp_path):
     assert os.listdir(tmp_path) == ["clip.pt"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_load_clip_reads_torchscript_in_half_precision(tmp_path):
     """A real TorchScript archive of half-precision weights is read as data, in fp32."""
     clip = tiny_clip(vision_layers=1, text_layers=1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shake_pairs, tiny_batch, tiny_clip, tiny_model
+from conftest import shake, shake_pairs, tiny_batch, tiny_clip, tiny_model
 
 import hivg
 from clip_model import HiVGError, save_clip
@@ -77,7 +77,9 @@ def test_a_stage_begins_where_the_one_before_ended(tokenizer, adapters):
 def test_the_pairs_of_a_model(tokenizer):
     """With six layers, layers 1-2 hold 1, 2, 3 pairs after stages 1, 2, 3; 5-6 hold 0, 0, 1; on
     q, k, v and out of the image tower's self-attention, and nowhere else."""
-    for stage, held in enumerate(([0] * 6, [1, 1, 0, 0, 0, 0], [2, 2, 1, 1, 0, 0], [3, 3, 2, 2, 1, 1])):
+    for stage, held in enumerate(
+        ([0] * 6, [1, 1, 0, 0, 0, 0], [2, 2, 1, 1, 0, 0], [3, 3, 2, 2, 1, 1])
+    ):
         model = tiny_model(tokenizer, stage)
         blocks = model.clip.visual.transformer.resblocks
         assert [len(block.attn.in_proj.lora_A) for block in blocks] == held
@@ -227,6 +229,17 @@ def test_the_short_way_of_inference_gives_the_same_boxes(tokenizer):
     assert short.region_logits is None and (0 < short.boxes).all() and (short.boxes < 1).all()
 
 
+def in_torch(attention):
+    """A CrossAttention's weights in torch's nn.MultiheadAttention."""
+    width = attention.out_proj.in_features
+    theirs = torch.nn.MultiheadAttention(width, attention.heads, batch_first=True).eval()
+    parts = [getattr(attention, f"{name}_proj") for name in "qkv"]
+    theirs.in_proj_weight.data = torch.cat([part.weight for part in parts]).data
+    theirs.in_proj_bias.data = torch.cat([part.bias for part in parts]).data
+    theirs.out_proj.load_state_dict(attention.out_proj.state_dict())
+    return theirs
+
+
 def test_a_bridge_equals_torch_attention(tokenizer):
     """A bridge is x + MLP(attention from the image to (w f + f) W_proj), text padding masked: torch's
     own nn.MultiheadAttention gives the same; and a fresh bridge changes nothing."""
@@ -235,18 +248,29 @@ def test_a_bridge_equals_torch_attention(tokenizer):
     torch.manual_seed(0)
     x, features = torch.randn(2, 5, 64), [torch.randn(2, 7, 64) for _ in range(len(bridge.w))]
     padding = torch.arange(7) > torch.tensor([[3], [6]])
-    theirs = torch.nn.MultiheadAttention(64, bridge.attention.heads, batch_first=True)
-    parts = [getattr(bridge.attention, f"{name}_proj") for name in "qkv"]
-    theirs.in_proj_weight.data = torch.cat([part.weight for part in parts]).data
-    theirs.in_proj_bias.data = torch.cat([part.bias for part in parts]).data
-    theirs.out_proj.load_state_dict(bridge.attention.out_proj.state_dict())
     text = torch.cat([(1 + w[:7]) * f for w, f in zip(bridge.w, features)], dim=-1)
     t = bridge.W_proj(text)
     normed = F.layer_norm(x, [64], bridge.norm.weight, bridge.norm.bias)
-    attended = theirs(normed, t, t, key_padding_mask=padding, need_weights=False)[0]
+    attended = in_torch(bridge.attention)(normed, t, t, padding, need_weights=False)[0]
     close(bridge(x, features, padding), x + bridge.mlp(attended))
-    fresh = hivg.Bridge(64, 64, 2, 77, 1)
+    fresh = hivg.Bridge(tiny_clip().config, 2)
     assert len(features) == 2 and torch.equal(fresh(x, features, padding), x)
+
+
+def test_a_grounding_layer_equals_torch_attention():
+    """Pre-norm; positions are added to queries and keys, not to values; padding is masked; the first
+    queries alone give the first rows."""
+    layer = shake(hivg.GroundingLayer(32, 4, 48, 0.0)).eval()
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 9, 32), torch.randn(9, 32)
+    padding = torch.arange(9) > torch.tensor([[4], [8]])
+    value = layer.norm_1(x)
+    place = value + positions
+    y = x + in_torch(layer.attention)(place, place, value, padding, need_weights=False)[0]
+    first, _, _, last = layer.mlp
+    y = y + last(first(layer.norm_2(y)).relu())
+    close(layer(x, positions, padding), y)
+    close(layer(x, positions, padding, queries=2), y[:, :2])
 
 
 @pytest.mark.parametrize(
@@ -289,9 +313,7 @@ def test_focal_and_dice_loss_patch_by_patch():
             inside = abs(x - cx) <= w / 2 and abs(y - cy) <= h / 2
             p = 1 / (1 + math.exp(-logits[b, n]))
             terms.append(
-                -0.25 * (1 - p) ** 2 * math.log(p)
-                if inside
-                else -0.75 * p**2 * math.log(1 - p)
+                -0.25 * (1 - p) ** 2 * math.log(p) if inside else -0.75 * p**2 * math.log(1 - p)
             )
             both, total = both + p * inside, total + p + inside
         focal.append(sum(terms) / len(terms))
@@ -341,7 +363,9 @@ def test_contrastive_loss_row_by_row():
 # --------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("adapters, stage", [("hilora", 0), ("hilora", 3), ("vanilla", 2), ("none", 1)])
+@pytest.mark.parametrize(
+    "adapters, stage", [("hilora", 0), ("hilora", 3), ("vanilla", 2), ("none", 1)]
+)
 def test_a_checkpoint_gives_the_same_boxes(tokenizer, tmp_path, adapters, stage):
     """Saved with several pairs and read back: merged, in eval mode, the same boxes; it needs no
     vocabulary and no CLIP file, and knows how pictures are to be prepared."""
@@ -394,5 +418,3 @@ def test_text_is_read_by_the_frozen_tower_alone(tokenizer):
     assert all(p.grad is None for p in model.clip.transformer.parameters())
     with pytest.raises(HiVGError, match="99"):
         HiVG(replace(model.config, bridge_layers=(1, 99)), tiny_clip(), tokenizer)
-
-

@@ -58,9 +58,7 @@ def test_number_of_pairs(depth, groups):
         lora.enter_stage(layers, stage, groups)
         for number, layer in enumerate(layers, start=1):
             # adapted in stage k if l <= k L / G, a real number; every such stage adds one pair
-            expected = [
-                k for k in range(1, stage + 1) if number <= Fraction(k * depth, groups)
-            ]
+            expected = [k for k in range(1, stage + 1) if number <= Fraction(k * depth, groups)]
             assert pair_keys(layer) == expected, (number, stage)
             assert list(lora.pairs_held(number, depth, groups, stage)) == expected
 
@@ -114,9 +112,7 @@ def test_fused_attention_equals_golden(shared):
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
 
     close(attention(golden["input"], mask), golden["output_base"])
-    set_pair(
-        attention.in_proj, *([golden[f"{x}_lora_{m}"] for x in ("q", "k", "v")] for m in "AB")
-    )
+    set_pair(attention.in_proj, *([golden[f"{x}_lora_{m}"] for x in ("q", "k", "v")] for m in "AB"))
     set_pair(attention.out_proj, [golden["out_lora_A"]], [golden["out_lora_B"]])
     close(attention(golden["input"], mask), golden["output"])
     lora.merge([attention])

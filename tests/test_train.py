@@ -1,0 +1,447 @@
+"""train.py and evaluate.py from end to end, in miniature, on a hand-made RefCOCO and a few shapes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_refer, plain_picture, tiny_clip, tiny_model
+from PIL import Image
+
+import data
+import evaluate
+import train
+from clip_model import Tokenizer, load_clip, save_clip
+from hivg import load_checkpoint, save_checkpoint
+
+
+def command(monkeypatch, module, *words):
+    """Run a program's main with this command line; gives what it exits with, None if it just ends."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, words)])
+    try:
+        module.main()
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_precision():
+    """fp32, whatever a timing on a busy machine would choose, so that runs can be compared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "choose_precision", lambda device: ("fp32", nullcontext))
+        yield
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory, vocabulary):
+    """A small CLIP's state dict, with its vocabulary beside it."""
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(tiny_clip(vision_layers=3, text_layers=1, image_size=32), folder / "clip.pt")
+    shutil.copy(vocabulary, folder)
+    return folder / "clip.pt"
+
+
+def words_of(refer_root, clip_file, output, *more):
+    """The command line of a miniature run; two epochs in each stage, workers and augmentation off."""
+    line = ["--dataset", "refcoco", "--data-root", refer_root, "--clip", clip_file]
+    line += ["--output", output, "--epochs", 2, "--batch-size", 4, "--lr", "3e-3"]
+    return [*line, "--no-augment", "--device", "cpu", *more]
+
+
+def log_of(output):
+    """The lines of log.jsonl, without the seconds."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(refer_root, clip_file, tmp_path_factory):
+    """The folder of a run through all four stages that nothing interrupted."""
+    output = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert command(patch, train, *words_of(refer_root, clip_file, output)) is None
+    return output
+
+
+def test_a_run_writes_all_it_promises(finished, tokenizer):
+    """Checkpoints that can be read, log, settings, results that name data set, split, number and
+    checkpoint, and contact sheets that open; nothing half-written is left."""
+    names = set(os.listdir(finished))
+    sheets = {"refcoco_val.png", "refcoco_testA.png"}
+    assert names == sheets | {
+        *("best.pt", "last.pt", "log.jsonl", "config.json", "results_refcoco.json")
+    }
+    for name in sheets:
+        picture = np.asarray(Image.open(finished / name).convert("RGB")).astype(int)
+        for colour in (evaluate.TRUE_COLOUR, evaluate.FOUND_COLOUR):
+            assert (abs(picture - colour).max(axis=2) < 40).sum() > 20, (name, colour)
+    results = json.loads((finished / "results_refcoco.json").read_text())
+    assert results["dataset"] == "refcoco" and results["checkpoint"].endswith("best.pt")
+    assert [(r["split"], r["expressions"]) for r in results["results"]] == [
+        ("val", 4),
+        ("testA", 2),
+    ]
+    assert json.loads((finished / "config.json").read_text())["settings"]["epochs"] == [2] * 4
+    for name in ("best.pt", "last.pt"):
+        model = load_checkpoint(finished / name)
+        assert torch.equal(model.tokenize("red one"), tokenizer("red one"))
+        assert [len(b.attn.in_proj.lora_A) for b in model.clip.visual.transformer.resblocks] == [
+            *(3, 2, 1)
+        ]
+    best = max(line["acc"] for line in log_of(finished) if line["stage"] == 3)
+    assert results["results"][0]["acc"] == best
+
+
+def test_each_stage_begins_from_the_best_of_the_one_before(finished):
+    """The log has an entry state, epoch -1, for each stage: what the best epoch before it had."""
+    log = log_of(finished)
+    assert [(e["stage"], e["epoch"]) for e in log] == [(s, e) for s in range(4) for e in (-1, 0, 1)]
+    for stage in (1, 2, 3):
+        before = [line for line in log if line["stage"] == stage - 1]
+        top = max(line["acc"] for line in before)
+        best = [line for line in before if line["acc"] == top][-1]  # of equals the later one
+        entry = next(line for line in log if line["stage"] == stage)
+        assert (entry["acc"], entry["miou"]) == (best["acc"], best["miou"])
+    trained = [line for line in log if line["epoch"] >= 0]
+    assert all(math.isfinite(v) and v > 0 for line in trained for v in line["losses"].values())
+    assert len({line["miou"] for line in log}) > 4  # the runs do change the model
+
+
+def test_training_leaves_clip_as_it_was(finished, clip_file):
+    """After all four stages CLIP's stored weights are bit for bit those of its file."""
+    stored, trained = load_clip(clip_file).state_dict(), load_checkpoint(finished / "best.pt")
+    now = trained.clip.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in stored.items())
+    assert any(now[name].any() for name in now if "lora_B" in name)
+
+
+def stop_after(monkeypatch, name, count):
+    """Let train's function of this name be interrupted by Ctrl-C when called once more than `count`."""
+    calls, real = [], getattr(train, name)
+
+    def call(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train, name, call)
+
+
+@pytest.mark.parametrize(
+    "name, count",
+    [
+        ("train_epoch", 0),  # in the first epoch of all
+        ("train_epoch", 3),  # within stage 1
+        ("evaluate", 6),  # between the last epoch of stage 1 and the first look at stage 2
+        ("save_checkpoint", 15),  # best or last written, but not both
+    ],
+)
+def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(
+    monkeypatch, refer_root, clip_file, tmp_path, finished, name, count
+):
+    """After Ctrl-C there is a readable checkpoint, and --resume ends with the log and the weights of
+    a run that nothing interrupted."""
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, name, count)
+        code = command(patch, train, *words_of(refer_root, clip_file, output))
+    assert "stopped" in code and "\n" not in code
+    load_checkpoint(output / "last.pt")
+    assert log_of(output) == log_of(finished)[: len(log_of(output))] != log_of(finished)
+    line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
+    done, epochs = len([line for line in log_of(output) if line["epoch"] >= 0]), []
+    real = train.train_epoch
+    monkeypatch.setattr(train, "train_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
+    torch.manual_seed(99)
+    assert command(monkeypatch, train, *line) is None
+    assert len(epochs) == 8 - done  # what was finished is not done again
+    assert log_of(output) == log_of(finished)
+    ours, theirs = (load_checkpoint(f / "best.pt").state_dict() for f in (output, finished))
+    for weight, tensor in theirs.items():
+        torch.testing.assert_close(ours[weight], tensor, atol=1e-6, rtol=0, msg=weight)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(monkeypatch, refer_root, clip_file, finished):
+    """An earlier run is never overwritten by mistake; a resumed run that is done stays as it is."""
+    before = log_of(finished)
+    code = command(monkeypatch, train, *words_of(refer_root, clip_file, finished))
+    assert code.startswith("error:") and "--resume" in code and "\n" not in code
+    line = ["--dataset", "refcoco", "--output", finished, "--resume", "--device", "cpu"]
+    assert command(monkeypatch, train, *line) is None
+    assert log_of(finished) == before
+
+
+@pytest.mark.parametrize("adapters", ["vanilla", "none"])
+def test_other_adapters_run_too(monkeypatch, refer_root, clip_file, tmp_path, adapters):
+    """The controls, vanilla LoRA and none, go through the same four stages, augmented."""
+    words = words_of(refer_root, clip_file, tmp_path / "run", "--adapters", adapters)
+    words.remove("--no-augment")
+    words[words.index("--epochs") + 1] = 1
+    assert command(monkeypatch, train, *words, "--workers", 0) is None
+    blocks = load_checkpoint(tmp_path / "run/best.pt").clip.visual.transformer.resblocks
+    held = [len(getattr(block.attn.in_proj, "lora_A", ())) for block in blocks]
+    assert held == ([1, 1, 1] if adapters == "vanilla" else [0, 0, 0])
+
+
+def test_the_learning_rate(monkeypatch):
+    """It rises to its top in the first steps, then falls as a cosine to almost 0, never below."""
+    steps = 50 * train.WARMUP_STEPS
+    rates = [train.rate(step, steps, 2.0) for step in range(steps)]
+    top = max(range(steps), key=rates.__getitem__)
+    assert top <= train.WARMUP_STEPS and 1.9 < rates[top] <= 2.0
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[0] < 0.1
+    assert rates[top:] == sorted(rates[top:], reverse=True) and 0 <= rates[-1] < 1e-4
+    assert rates[steps // 2] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_account_counts_every_parameter_once(tokenizer, stage):
+    """The groups of the account add up to the whole model; of CLIP nothing is trained, of the pairs
+    those of the stage."""
+    model = tiny_model(tokenizer, stage)
+    rows = {}
+    for line in train.account(model).splitlines()[1:]:
+        *name, trained, total = line.split()
+        rows[" ".join(name)] = [int(number.replace(",", "")) for number in (trained, total)]
+    together = rows.pop("together")
+    assert together == [sum(column) for column in zip(*rows.values())]
+    parameters = dict(model.named_parameters())
+    assert together[1] == sum(p.numel() for p in parameters.values())
+    pairs = {name: p.numel() for name, p in parameters.items() if ".lora_" in name}
+    newest = sum(n for name, n in pairs.items() if name.endswith(f".{stage}"))
+    assert rows["LoRA pairs"] == [newest, sum(pairs.values())]
+    assert rows["CLIP"] == [0, sum(p.numel() for p in tiny_clip().parameters())]
+
+
+def test_shapes_from_nothing(monkeypatch, tmp_path):
+    """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again."""
+    sizes = {"val": 8, "testA": 4, "testB": 4, "train": 16}
+    small = {split: (sizes[split], *more) for split, (_, *more) in data.SPLITS.items()}
+    monkeypatch.setattr(data, "SPLITS", small)
+    monkeypatch.setattr(train, "SHAPES_CLIP_STEPS", 2)
+    monkeypatch.setattr(train, "SHAPES_CLIP_BATCH", 8)
+    line = ["--dataset", "shapes", "--data-root", tmp_path / "data", "--epochs", 1]
+    line += ["--batch-size", 32, "--device", "cpu", "--output"]
+    assert command(monkeypatch, train, *line, tmp_path / "a") is None
+    names = ("shapes/instances.json", "shapes/clip_0.pt")
+    stamps = [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
+    with monkeypatch.context() as patch:
+        stop_after(patch, "train_epoch", 0)
+        assert "stopped" in command(patch, train, *line, tmp_path / "b")
+    assert stamps == [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
+    results = json.loads((tmp_path / "a/results_shapes.json").read_text())
+    assert [row["split"] for row in results["results"]] == ["val", "testA", "testB"]
+    shutil.rmtree(tmp_path / "data")
+    model = load_checkpoint(tmp_path / "a/best.pt")  # stands alone
+    picture = Image.new("RGB", (100, 50))
+    x1, y1, x2, y2 = evaluate.ground(model, picture, "the small red circle")
+    assert 0 <= x1 <= x2 <= 100 and 0 <= y1 <= y2 <= 50
+
+
+def test_photographs_run(monkeypatch, shared, tmp_path, clip_vocabulary):
+    """The real photographs with the golden CLIP: every stage, and all four splits in the table."""
+    line = ["--dataset", "refcoco", "--data-root", shared / "photos", "--epochs", 1, 0, 1, 0]
+    line += ["--clip", shared / "golden/clip_tiny.pt", "--output", tmp_path, "--no-augment"]
+    assert command(monkeypatch, train, *line, "--batch-size", 18, "--device", "cpu") is None
+    results = json.loads((tmp_path / "results_refcoco.json").read_text())["results"]
+    found = {row["split"]: row["expressions"] for row in results}
+    assert found == {"val": 12, "testA": 8, "testB": 8}
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+def test_one_picture_on_the_command_line(monkeypatch, finished, tmp_path, capsys):
+    """--image and --text print a box inside the picture, in its upright pixels, and draw it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 100), "white").save(tmp_path / "photo.jpg", exif=exif)
+    line = [finished / "best.pt", "--image", tmp_path / "photo.jpg", "--text", "Red ONE"]
+    assert command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png") is None
+    first = capsys.readouterr().out.splitlines()[0]
+    x1, y1, x2, y2 = map(float, first.rsplit(": ", 1)[1].split())
+    assert 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 60
+    drawn = np.asarray(Image.open(tmp_path / "found.png"))
+    assert drawn.shape == (60, 100, 3) and (drawn == evaluate.FOUND_COLOUR).all(axis=2).sum() > 20
+    model = load_checkpoint(finished / "best.pt")
+    box = evaluate.ground(model, Image.new("RGB", (100, 60), "white"), "red one")
+    assert box == pytest.approx((x1, y1, x2, y2), abs=0.5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 4), (4, 3000)])
+def test_pictures_of_extreme_shape(tokenizer, tmp_path, size):
+    """A single pixel and very long strips can be evaluated and drawn like any other picture."""
+    row = {"image": Image.new("RGB", size), "bbox": [0, 0, *size], "split": "val"}
+    make_refer(tmp_path, [row])
+    model = tiny_model(tokenizer)
+    evaluate.evaluate_splits(model, "best.pt", "refcoco", ["val"], tmp_path, tmp_path / "out")
+    results = json.loads((tmp_path / "out/results_refcoco.json").read_text())["results"]
+    assert math.isfinite(results[0]["miou"])
+    assert Image.open(tmp_path / "out/refcoco_val.png").size[0] > 240
+
+
+def test_accuracy_by_hand(tokenizer, refer_root, monkeypatch):
+    """Acc@0.5 and mean IoU are the plain means over the split, predicted boxes clipped to the square."""
+    model = tiny_model(tokenizer)
+    dataset = data.GroundingDataset("refcoco", "val", refer_root, 64)
+    true = torch.stack([item["box"] for item in dataset])
+    found = true.clone()
+    found[0, 0] += found[0, 2] / 2  # IoU 1/3
+    found[1, 2] /= 2  # IoU exactly 1/2 counts as right
+    found[2] = torch.tensor([0.0, 0.0, 0.1, 0.1])  # elsewhere
+    monkeypatch.setattr(evaluate, "predict", lambda *args, **kwargs: (found, true))
+    result = evaluate.evaluate(model, dataset)
+    assert result["acc"] in (50.0, 25.0)  # 1/2 itself is up to rounding
+    assert result["miou"] == pytest.approx(100 * (1 / 3 + 1 / 2 + 0 + 1) / 4, abs=0.01)
+    assert result["expressions"] == 4 and result["split"] == "val"
+    sticking_out = torch.tensor([[0.0, 0.5, 1.0, 1.0]])
+    inside = torch.tensor([[0.25, 0.5, 0.5, 1.0]])
+    assert evaluate.ious(sticking_out, inside).item() == pytest.approx(1.0)
+
+
+def test_predictions_do_not_depend_on_the_batch_size(tokenizer, refer_root):
+    """A split's boxes are the same in batches of any size, and training goes on afterwards."""
+    model = tiny_model(tokenizer, 1).train()
+    dataset = data.GroundingDataset("refcoco", "train", refer_root, 64)
+    found, true = evaluate.predict(model, dataset, batch_size=3)
+    assert model.training and found.shape == true.shape == (8, 4)
+    torch.testing.assert_close(evaluate.predict(model, dataset)[0], found, atol=1e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+
+def bad_input_of_train(kind, refer_root, clip_file, folder):
+    line = {"--dataset": "refcoco", "--data-root": refer_root, "--clip": clip_file}
+    line |= {"--output": folder / "run", "--device": "cpu", "--workers": "0"}
+    (folder / "garbage").write_text("garbage")
+    line |= {
+        "no data root": {"--data-root": folder / "absent"},
+        "unknown data set": {"--dataset": "cocoa"},
+        "unknown split": {"--select": "testC"},
+        "split that is not there": {"--select": "testB"},
+        "no CLIP": {"--clip": folder / "absent.pt"},
+        "garbage CLIP": {"--clip": folder / "garbage"},
+        "no network": {"--clip": "ViT-B/16"},
+        "nothing to resume": {"--resume": None},
+        "image size": {"--image-size": "50"},
+        "device": {"--device": "warp"},
+        "output is a file": {"--output": folder / "garbage"},
+    }[kind]
+    return [str(word) for pair in line.items() for word in pair if word is not None]
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("no data root", "absent/refcoco/refs(unc).p"),
+        ("unknown data set", "refcoco, refcoco+, refcocog"),
+        ("unknown split", "train val testA testB"),
+        ("split that is not there", "train, val, testA"),
+        ("no CLIP", "absent.pt"),
+        ("garbage CLIP", "garbage"),
+        ("no network", "cannot be reached"),
+        ("nothing to resume", "last.pt"),
+        ("image size", "50"),
+        ("device", "warp"),
+        ("output is a file", "garbage"),
+    ],
+)
+def test_bad_input_of_train_is_one_sentence(
+    monkeypatch, refer_root, clip_file, tmp_path, kind, says
+):
+    """Whatever is wrong on train.py's command line is said in one sentence that names it; exit 1."""
+    line = bad_input_of_train(kind, refer_root, clip_file, tmp_path)
+    code = command(monkeypatch, train, *line)
+    assert isinstance(code, str) and code.startswith("error: ")  # sys.exit: to stderr, status 1
+    assert says in code and "\n" not in code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, vocabulary):
+    """A checkpoint of an untrained model."""
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_checkpoint(path, tiny_model(Tokenizer(vocabulary)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({0: "absent.pt"}, "absent.pt"),
+        ({0: "text.jpg"}, "text.jpg"),
+        ({0: "clip.pt"}, "clip.pt"),
+        ({2: "absent.jpg"}, "absent.jpg"),
+        ({2: "text.jpg"}, "text.jpg"),
+        ({2: "half.jpg"}, "half.jpg"),
+        ({4: ""}, "empty"),
+        ({4: "  \t"}, "empty"),
+        ({6: "found.txt"}, "found.txt"),
+        ({6: "photo.jpg/found.png"}, "found.png"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_sentence(monkeypatch, tmp_path, checkpoint, change, says):
+    """Whatever is wrong on evaluate.py's command line is said in one sentence that names it; exit 1."""
+    monkeypatch.chdir(tmp_path)
+    plain_picture(100, 100).save("photo.jpg")
+    Path("half.jpg").write_bytes(Path("photo.jpg").read_bytes()[:900])
+    Path("text.jpg").write_text("no picture and no checkpoint")
+    save_clip(tiny_clip(), "clip.pt")
+    line = [checkpoint, "--image", "photo.jpg", "--text", "red one", "--output", "found.png"]
+    for place, word in change.items():
+        line[place] = word
+    code = command(monkeypatch, evaluate, *line)
+    assert isinstance(code, str) and code.startswith("error: ")
+    assert says in code and "\n" not in code and not Path("found.png").exists()
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "broken_crc.png", "bomb_30000x30000.png"])
+def test_odd_pictures_on_the_command_line(monkeypatch, shared, tmp_path, checkpoint, name):
+    """An unreadable picture of the shared ones is refused by name, with no picture drawn."""
+    line = [checkpoint, "--image", shared / "odd_images" / name, "--text", "red one"]
+    code = command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png")
+    assert code.startswith("error: ") and name in code and not os.listdir(tmp_path)
+
+
+def test_exit_status_and_stderr(tmp_path, checkpoint):
+    """A process of its own: one line on stderr, nothing on stdout, no traceback, exit status 1."""
+    root = Path(train.__file__).parent
+    line = [
+        sys.executable,
+        root / "evaluate.py",
+        checkpoint,
+        "--image",
+        "absent.jpg",
+        "--text",
+        "x",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "absent.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_split_without_usable_expressions_is_told(monkeypatch, tmp_path, checkpoint):
+    """If all expressions of a split are empty or all its boxes flat, that is one sentence."""
+    rows = [{"texts": ["  "]}, {"bbox": [1, 1, 0, 0]}]
+    make_refer(tmp_path, [{**row, "split": split} for split in ("train", "val") for row in rows])
+    line = [checkpoint, "--dataset", "refcoco", "--data-root", tmp_path, "--output", tmp_path]
+    code = command(monkeypatch, evaluate, *line)
+    assert isinstance(code, str) and code.startswith("error: ") and "val" in code
+
+
+def test_a_vocabulary_of_another_size_is_told(monkeypatch, refer_root, tmp_path, vocabulary):
+    """CLIP's file with a vocabulary beside it that is not its own: one sentence names both."""
+    save_clip(tiny_clip(vocab_size=600, vision_layers=1), tmp_path / "other.pt")
+    shutil.copy(vocabulary, tmp_path)
+    line = words_of(refer_root, tmp_path / "other.pt", tmp_path / "run")
+    code = command(monkeypatch, train, *line)
+    assert "other.pt" in code and "600" in code and "521" in code and "\n" not in code
