@@ -391,7 +391,7 @@ class ArchiveUnpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda flat, offset, size, stride, *_: flat.as_strided(size, stride, offset)
         if module == "torch" and name in STORAGES:
-            return getattr(torch, name).dtype
+            return getattr(torch, name.removesuffix("Storage").lower())
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         raise HiVGError(f"it asks for {module}.{name}, which is not plain data")

@@ -428,14 +428,14 @@ def collate(items, tokenize):
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 8_000
+TRAIN_SCENES = 16_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 8, ("relation", "place", "relation", "attributes")),
+    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 4, ("relation", "place", "relation", "attributes")),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -125,7 +125,8 @@ def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
         for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
             draw_box(picture, box, colour)
         x, y = place % columns * (side + 8), place // columns * height
-        sheet.paste(ImageOps.contain(picture, (side, side)), (x + 4, y + 4))
+        left, top, *size = letterbox((0, 0, *picture.size), side).inner
+        sheet.paste(picture.resize(size), (x + 4 + left, y + 4 + top))
         lines = textwrap.wrap(f"{overlap[place]:.2f}  {sample.text}", 34)[:2]
         ImageDraw.Draw(sheet).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
     with replacing(path) as temporary:
