@@ -11,6 +11,7 @@ Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docs
 w, h: those are shares, 0 to 1, of the padded square.
 """
 
+import functools
 import gzip
 import io
 import itertools
@@ -30,8 +31,8 @@ from tqdm import tqdm
 
 from clip_model import HiVGError
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -135,7 +136,7 @@ def in_square(pixels, geometry, mean, std):
     return square, padding
 
 
-def prepare(image, image_size, mean=CLIP_MEAN, std=CLIP_STD):
+def prepare(image, image_size, mean=MEAN, std=STD):
     """A PIL image as evaluation sees it: float32 [3, S, S], padding bool [S, S], Geometry."""
     geometry = letterbox((0, 0, *image.size), image_size)
     return *in_square(as_bytes(cut(to_rgb(image), geometry)), geometry, mean, std), geometry
@@ -337,22 +338,13 @@ class GroundingDataset(torch.utils.data.Dataset):
     index    int: i
 
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
-    is drawn for an item depends on seed, stage, epoch and index alone, never on the worker or on
+    is drawn for an item follows from the numbers of `set_epoch` and the index alone, never on the worker or on
     what was read before. cache keeps the resized pictures in memory (without augment only): for
     small data sets. `report` says what was left out of the files.
     """
 
-    def __init__(  # fmt: skip
-        self,
-        name,
-        split,
-        data_root,
-        image_size=224,
-        augment=False,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-        cache=False,
-        seed=0,
+    def __init__(
+        self, name, split, data_root, image_size=224, augment=False, cache=False, mean=MEAN, std=STD
     ):
         self.name, self.split = name, split
         self.samples, self.report = read_refer(name, split, data_root)
@@ -363,14 +355,14 @@ class GroundingDataset(torch.utils.data.Dataset):
             )
         self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
         self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
-        self.seed, self.stage, self.epoch = seed, 0, 0
+        self.numbers = (0,)
 
     def __len__(self):
         return len(self.samples)
 
-    def set_epoch(self, stage, epoch):
-        """Before each epoch (and before its DataLoader starts workers): which one it is."""
-        self.stage, self.epoch = stage, epoch
+    def set_epoch(self, *numbers):
+        """Before each epoch, and before its workers start: what its augmentation follows from."""
+        self.numbers = numbers
 
     def read(self, sample, index):
         """The sample's picture, cut and resized, uint8 [3, h, w]; and its Geometry."""
@@ -383,7 +375,7 @@ class GroundingDataset(torch.utils.data.Dataset):
                 "for {} x {}: get the original picture.".format(*sample.size)
             )
         if self.augment:
-            rng = np.random.default_rng([self.seed, self.stage, self.epoch, index])
+            rng = np.random.default_rng([*self.numbers, index])
             geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
             image = cut(image, geometry)
             return as_bytes(jitter(rng, image) if rng.random() < 0.8 else image), geometry
@@ -425,17 +417,29 @@ def collate(items, tokenize):
     return {**batch, "tokens": tokens, "indices": indices, "texts": texts}
 
 
+def batches(dataset, batch_size, tokenize, workers=0, train=False):
+    """A DataLoader of `collate`d batches; train: in random order, the incomplete last one left out."""
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        shuffle=train,
+        drop_last=train and len(dataset) > batch_size,
+        num_workers=workers,
+        collate_fn=functools.partial(collate, tokenize=tokenize),
+    )
+
+
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 16_000
+TRAIN_SCENES = 20_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 4, ("relation", "place", "relation", "attributes")),
+    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 3, EVERYTHING),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
@@ -635,24 +639,14 @@ def make_scene(job):
 
 
 def learn_merges(words):
-    """BPE merges, in order, with which each of the words becomes one token: list of pairs.
-
-    A word is first encoded with the merges there are, then merged to its end with new ones. These
-    rank behind all earlier ones and so leave the words before it as they were.
-    """
-    ranks = {}
-    for word in sorted(words):
-        symbols = [*word[:-1], word[-1] + "</w>"]
-        while len(symbols) > 1:
-            pair = min(zip(symbols, symbols[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
-            ranks.setdefault(pair, len(ranks))
-            merged = []
-            while symbols:
-                size = 2 if tuple(symbols[:2]) == pair else 1
-                merged.append("".join(symbols[:size]))
-                del symbols[:size]
-            symbols = merged
-    return list(ranks)
+    """BPE merges that put each word together from its beginning: r + e, re + d</w>. Where the merge of
+    another word comes first, a word stays in two or three pieces."""
+    ends = (
+        ("" if i + 1 < len(word) else "</w>", word, i)
+        for word in words
+        for i in range(1, len(word))
+    )
+    return list(dict.fromkeys(f"{word[:i]} {word[i]}{end}" for end, word, i in ends))
 
 
 def annotate(texts, shapes, picture, split, annotations, refs):
@@ -705,7 +699,7 @@ def generate_shapes(folder):
             annotate(texts, shapes, picture, split, annotations, refs)
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
     instances = {"images": pictures, "annotations": annotations, "categories": categories}
-    merges = ["# version: shapes", *map(" ".join, learn_merges(words))]
+    merges = ["# version: shapes", *learn_merges(sorted(words))]
     files = {
         "instances.json": json.dumps(instances).encode(),
         "captions.json": json.dumps(captions).encode(),

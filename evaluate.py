@@ -13,24 +13,14 @@ import math
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter as RawText
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import data
 from clip_model import HiVGError, replacing
-from data import (
-    GroundingDataset,
-    available_splits,
-    collate,
-    letterbox,
-    load_image,
-    prepare,
-    to_pixels,
-)
 from hivg import box_iou, cxcywh_to_xyxy, load_checkpoint
 
 
@@ -43,10 +33,10 @@ def ground(model, image, text):
     if not text.strip():
         raise HiVGError("The expression is empty: say in words which object is meant.")
     config, device = model.config, next(model.parameters()).device
-    square, padding, geometry = prepare(image, config.image_size, config.mean, config.std)
+    square, padding, geometry = data.prepare(image, config.image_size, config.mean, config.std)
     tokens = model.tokenize(text.lower())
     box = model(square[None].to(device), tokens.to(device), padding[None].to(device)).boxes[0]
-    return tuple(to_pixels(box.cpu(), geometry).tolist())
+    return tuple(data.to_pixels(box.cpu(), geometry).tolist())
 
 
 @torch.inference_mode()
@@ -54,12 +44,7 @@ def predict(model, dataset, batch_size=64, workers=0):
     """Boxes of a whole data set, in its order: (predicted, true), each [len(dataset), 4] as cx, cy, w, h."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        num_workers=workers,
-        collate_fn=partial(collate, tokenize=model.tokenize),
-    )
+    loader = data.batches(dataset, batch_size, model.tokenize, workers)
     found, true = [], []
     for batch in tqdm(loader, desc="  evaluating", leave=False):
         images, tokens, padding = (batch[k].to(device) for k in ("images", "tokens", "padding"))
@@ -88,10 +73,9 @@ def evaluate(model, dataset, workers=0):
 def table(rows):
     """The rows of `evaluate` as lines of text."""
     lines = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
-    return "\n".join(
-        lines
-        + [f"{r['split']:8} {r['expressions']:11} {r['acc']:7.2f}% {r['miou']:7.2f}%" for r in rows]
-    )
+    for row in rows:
+        lines += ["{split:8} {expressions:11,} {acc:7.2f}% {miou:7.2f}%".format(**row)]
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -119,13 +103,13 @@ def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
     sheet = Image.new("RGB", (columns * (side + 8), math.ceil(count / columns) * height), "white")
     for place, index in enumerate(chosen):
         sample = dataset.samples[index]
-        picture = load_image(sample.image, upright=False)
-        geometry = letterbox((0, 0, *picture.size), model.config.image_size)
-        found_box = to_pixels(found[place], geometry).tolist()
+        picture = data.load_image(sample.image, upright=False)
+        geometry = data.letterbox((0, 0, *picture.size), model.config.image_size)
+        found_box = data.to_pixels(found[place], geometry).tolist()
         for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
             draw_box(picture, box, colour)
         x, y = place % columns * (side + 8), place // columns * height
-        left, top, *size = letterbox((0, 0, *picture.size), side).inner
+        left, top, *size = data.letterbox((0, 0, *picture.size), side).inner
         sheet.paste(picture.resize(size), (x + 4 + left, y + 4 + top))
         lines = textwrap.wrap(f"{overlap[place]:.2f}  {sample.text}", 34)[:2]
         ImageDraw.Draw(sheet).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
@@ -138,7 +122,7 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     rows, config = [], model.config
     for split in splits:
         picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-        dataset = GroundingDataset(name, split, data_root, **picture)
+        dataset = data.GroundingDataset(name, split, data_root, **picture)
         rows.append(evaluate(model, dataset, workers))
         contact_sheet(model, dataset, output / f"{name}_{split}.png")
     print(table(rows))
@@ -175,7 +159,7 @@ def run(args):
     checkpoint = Path(args.checkpoint)
     model = load_checkpoint(checkpoint, pick_device(args.device))
     if args.dataset:
-        there = available_splits(args.dataset, args.data_root)
+        there = data.available_splits(args.dataset, args.data_root)
         splits = args.split or [split for split in there if split != "train"]
         output = Path(args.output or checkpoint.parent)
         settings = args.dataset, splits, args.data_root, output, args.workers
@@ -185,7 +169,7 @@ def run(args):
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind not in Image.SAVE:
         raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
-    image = load_image(args.image)
+    image = data.load_image(args.image)
     box = ground(model, image, args.text)
     print(f"{args.image}: {args.text}: " + " ".join(f"{value:.1f}" for value in box))
     draw_box(image, box, FOUND_COLOUR)

@@ -32,6 +32,10 @@ from clip_model import (
 
 # q, k, v, which are three row blocks of one matrix, and out
 LORA_TARGETS = {"attn.in_proj": 3, "attn.out_proj": 1}
+LARGE = {  # V and C of ViT-L/14 and ViT-L/14@336px, by depth and image side
+    (24, 224): ((6, 12, 18, 24), (5, 11, 17, 23)),
+    (24, 336): ((12, 16, 20, 24), (12, 16, 20, 24)),
+}
 STAGES = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up (stage 0)
 TINY = 1e-16  # smaller areas count as none; its square is still a float32, so gradients stay finite
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
@@ -42,7 +46,7 @@ class HiVGConfig:
     """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every checkpoint."""
 
     image_size: int = 224
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own (D9)
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
     visual_layers: tuple = (1, 4, 8, 12)  # V: their outputs are the multi-level features
     bridge_layers: tuple = (1, 4, 8, 12)  # C: they hold a bridge
@@ -65,14 +69,8 @@ class HiVGConfig:
     def for_clip(cls, clip_config, text_layers=(12,), **settings):
         """The poster's layers V and C for CLIP's depth; text_layers are counted as if there were twelve."""
         depth = clip_config.vision_layers
-        if depth == 24 and clip_config.image_size == 336:
-            levels = bridges = (12, 16, 20, 24)
-        elif depth == 24:
-            levels, bridges = (6, 12, 18, 24), (5, 11, 17, 23)
-        else:
-            levels = bridges = tuple(
-                sorted({1, max(1, round(depth / 3)), round(2 * depth / 3) or 1, depth})
-            )
+        spread = tuple(sorted({1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth}))
+        levels, bridges = LARGE.get((depth, clip_config.image_size), (spread, spread))
         text = sorted({math.ceil(i * clip_config.text_layers / 12) for i in text_layers})
         return cls(visual_layers=levels, bridge_layers=bridges, text_layers=tuple(text), **settings)
 
@@ -150,11 +148,11 @@ class Bridge(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, max(1, width // 64))
         self.mlp = mlp(width, 4 * width, QuickGELU())
-        nn.init.zeros_(self.mlp[-1].weight)  # a fresh bridge changes nothing
+        nn.init.zeros_(self.mlp[-1].weight)  # a fresh bridge changes nothing (D8)
         nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, x, features, text_padding):
-        """x [B, 1 + N, d_v], features: a list of f^i [B, T, d_t], text_padding [B, T] -> [B, 1 + N, d_v]."""
+        """x [B, 1 + N, d_v], features: a list of f^i [B, T, d_t], text_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
         w = self.w[:, : text_padding.shape[1]]  # the adaptive weights of these T positions
         weighted = [w_i * f_i + f_i for w_i, f_i in zip(w, features)]
         t = self.W_proj(torch.cat(weighted, dim=-1))  # [B, T, d_v]
@@ -310,11 +308,11 @@ class HiVG(nn.Module):
         )
 
     def pad_patches(self, padding, images):
-        """padding [B, S, S] -> [B, N]: True for the patches that lie wholly in the padding."""
+        """padding [B, S, S] -> [B, N]: True for the patches that lie wholly in the padding (D14)."""
         B, g = len(images), self.grid
         if padding is None:
             return torch.zeros(B, g * g, dtype=torch.bool, device=images.device)
-        return padding.view(B, g, -1, g, images.shape[-1] // g).all(dim=4).all(dim=2).flatten(1)
+        return padding.view(B, g, -1, g, images.shape[-1] // g).amin(dim=(2, 4)).flatten(1)
 
 
 # ---------------------------------------------------------------------------------------------------- losses

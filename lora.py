@@ -72,10 +72,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x):  # [..., in] -> [..., out]
         h = F.linear(x, self.weight if self.folded is None else self.folded, self.bias)
         for key in self.live:
-            a, b = (
-                self.lora_A[key].flatten(0, 1),
-                self.lora_B[key],
-            )  # [blocks * r, in], [blocks, out / blocks, r]
+            a = self.lora_A[key].flatten(0, 1)  # [blocks * r, in]
+            b = self.lora_B[key]  # [blocks, out / blocks, r]
             low = F.linear(F.dropout(x, self.dropout, self.training), a)  # [..., blocks * r]
             low = low.unflatten(-1, (self.blocks, self.rank))
             high = [F.linear(part, rows) for part, rows in zip(low.unbind(-2), b)]
@@ -141,8 +139,4 @@ def unmerge(layers):
 
 def lora_state_dict(module):
     """The pairs alone: every lora_A and lora_B below `module`, by their names in its state dict."""
-    return {
-        name: t
-        for name, t in module.state_dict().items()
-        if ".lora_A." in name or ".lora_B." in name
-    }
+    return {name: t for name, t in module.state_dict().items() if ".lora_" in name}

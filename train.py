@@ -8,7 +8,7 @@ Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLI
 (the loop), run (the account, the stages, the final evaluation), main (the flags).
 
 What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line for each epoch), config.json
-(what was used), results.json and a contact sheet.
+(what was used), results_DATASET.json and a contact sheet for each split.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import os
 import re
 import time
 from argparse import RawDescriptionHelpFormatter as RawText
-from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,40 +26,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from clip_model import (
-    CLIP,
-    CLIPConfig,
-    HiVGError,
-    Tokenizer,
-    clip_tokenizer,
-    load_clip,
-    replacing,
-    save_clip,
-)
-from data import (
-    DATASETS,
-    GroundingDataset,
-    available_splits,
-    collate,
-    cut_to_longest,
-    load_image,
-    prepare,
-)
+import clip_model
+import data
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, load_clip, replacing, save_clip
 from evaluate import evaluate, evaluate_splits, exit_with, pick_device
-from hivg import (
-    LOSS_WEIGHTS,
-    HiVG,
-    HiVGConfig,
-    load_checkpoint,
-    load_model,
-    losses,
-    save_checkpoint,
-)
+from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
 
 
 class Preset(NamedTuple):
@@ -97,14 +70,8 @@ WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
 WARMUP_STEPS = 200  # of a stage, in which the rate rises to its top (D4)
 
-SHAPES_CLIP = CLIPConfig(
-    image_size=80,
-    patch_size=16,
-    vision_width=128,
-    vision_layers=3,
-    text_width=128,
-    text_layers=3,
-    embed_dim=128,
+SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
+    80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
 )
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 250, 256, 2e-3
 
@@ -136,27 +103,19 @@ def choose_precision(device):
 
     A CPU is timed on a matrix product in both: some have units for bf16, others only imitate it.
     """
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":
-        fp32 = torch.ones(1024, 1024)
         threads = torch.get_num_threads()
-        timers = [
-            Timer("a @ a", globals={"a": a}, num_threads=threads) for a in (fp32, fp32.bfloat16())
+        matrices = [
+            torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
         ]
-        slow, fast = (timer.timeit(20).median for timer in timers)
+        slow, fast = (
+            Timer("a @ a", globals={"a": matrix}, num_threads=threads).timeit(20).median
+            for matrix in matrices
+        )
         bf16 = slow > 2 * fast
-        # on CPUs the fused kernel's backward is 5 to 8 times slower in bf16 than two plain products
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    else:
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-    def context():
-        stack = ExitStack()
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=bf16))
-        if device.type == "cpu" and bf16:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        return stack
-
-    return ("bf16" if bf16 else "fp32"), context
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    return ("bf16" if bf16 else "fp32"), autocast
 
 
 def shapes_clip(folder, seed, device, context):
@@ -173,19 +132,21 @@ def shapes_clip(folder, seed, device, context):
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
     captions = json.loads((folder / "captions.json").read_text())
     scenes = [
-        prepare(load_image(folder / "images" / name), SHAPES_CLIP.image_size)[0].half()
+        data.prepare(data.load_image(folder / "images" / name), SHAPES_CLIP.image_size)[0].half()
         for name in tqdm(captions, "reading scenes")
     ]
     tokens = [tokenizer(texts) for texts in captions.values()]  # [captions of the scene, 77] each
     SHAPES_CLIP.vocab_size = tokenizer.vocab_size
     clip = CLIP(SHAPES_CLIP).to(device).train()
-    optimizer = torch.optim.AdamW(clip.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        clip.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True
+    )
     bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
     for step in bar:
         batch = rng.choice(len(scenes), SHAPES_CLIP_BATCH, replace=False)
         images = torch.stack([scenes[i] for i in batch]).float()
         texts = torch.stack([tokens[i][rng.integers(len(tokens[i]))] for i in batch])
-        texts = cut_to_longest(texts)
+        texts = data.cut_to_longest(texts)
         with context():
             logits = clip(images.to(device), texts.to(device)).float()  # [batch, batch]
         target = torch.arange(len(batch), device=device)
@@ -202,7 +163,7 @@ def tokenizer_for(clip_path, vocab_size):
     """The tokenizer of a CLIP: the vocabulary that lies beside its file, else CLIP's own."""
     beside = [Path(clip_path).with_name(name) for name in VOCABULARIES]
     found = next((path for path in beside if path.is_file()), None)
-    tokenizer = Tokenizer(found) if found else clip_tokenizer()
+    tokenizer = Tokenizer(found) if found else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != vocab_size:
         raise HiVGError(
             f"{clip_path} was trained with {vocab_size} tokens, {found or 'the vocabulary of CLIP'} "
@@ -284,28 +245,23 @@ def run(args):
         raise HiVGError(
             f"{last} is of an earlier run: give --resume to go on, or another --output."
         )
-    splits = available_splits(args.dataset, args.data_root)
+    splits = data.available_splits(args.dataset, args.data_root)
     precision, context = choose_precision(device)
     if not args.resume:
         model, progress, optimizer_state = start(args, device, context), Progress(), None
     model.to(device)
     config = model.config
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-    picture |= dict(cache=not args.augment, seed=args.seed)
-    sets = {s: GroundingDataset(args.dataset, s, args.data_root, **picture) for s in splits}
-    for split in ("train", args.select):
-        if split not in sets:  # the data set's own word for it
-            GroundingDataset(args.dataset, split, args.data_root)
-    val_set = sets[args.select]
-    train_set = GroundingDataset(
-        args.dataset, "train", args.data_root, augment=args.augment, **picture
-    )
+    read = partial(data.GroundingDataset, args.dataset, data_root=args.data_root, **picture)
+    train_set = read("train", augment=args.augment, cache=not args.augment)
+    val_set = read(args.select, cache=not args.augment)
 
     # a short account of what is going to happen
     print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
-    for split in DATASETS[args.dataset].splits.split():
-        there = f"{len(sets[split]):,} expressions" if split in sets else "passed over: not there"
-        print(f"  {split:6} {there}", *(sets[split].report if split in sets else ()), sep="; ")
+    for split in data.DATASETS[args.dataset].splits.split():
+        there = read(split) if split in splits else None
+        words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
+        print(f"  {split:6} {'; '.join(words)}")
     print(f"adapters {args.adapters}; by stage: epochs {args.epochs}, rates {args.lr}, ", end="")
     print(f"batches {args.batch_size}; losses {LOSS_WEIGHTS}\n{account(model)}", flush=True)
     with replacing(output / "config.json") as temporary:
@@ -318,22 +274,15 @@ def run(args):
         set_seed(args.seed, stage)
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, top, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(trained, top, weight_decay=WEIGHT_DECAY, fused=True)
         if optimizer_state:
             optimizer.load_state_dict(optimizer_state)
         for epoch in range(progress.epoch, epochs):
             began, line = time.time(), {"stage": stage, "epoch": epoch}
             if epoch >= 0:
                 set_seed(args.seed, stage, epoch)
-                train_set.set_epoch(stage, epoch)
-                loader = DataLoader(
-                    train_set,
-                    batch_size,
-                    shuffle=True,
-                    drop_last=len(train_set) > batch_size,
-                    num_workers=args.workers,
-                    collate_fn=partial(collate, tokenize=model.tokenize),
-                )
+                train_set.set_epoch(args.seed, stage, epoch)
+                loader = data.batches(train_set, batch_size, model.tokenize, args.workers, True)
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]
                 title = f"stage {stage}, epoch {epoch}"
@@ -353,7 +302,7 @@ def run(args):
         model, optimizer_state = load_model(best)[0].to(device), None
         progress = Progress(stage + 1, log=progress.log)
 
-    model = load_checkpoint(best, device)
+    model = load_model(best)[0].to(device).merge()
     tested = [split for split in splits if split != "train"]
     evaluate_splits(model, best, args.dataset, tested, args.data_root, output, args.workers)
 
@@ -387,15 +336,10 @@ def main():
     args.preset = args.preset or ("shapes" if shapes else "base")
     args.augment = not (shapes or args.no_augment)  # shapes are kept in memory: there are plenty
     args.output = args.output or f"runs/{args.dataset}"
-    args.workers = (
-        (min(8, os.cpu_count()) if args.augment else 0) if args.workers is None else args.workers
-    )
-    preset = PRESETS[args.preset]
-    for name, default in (
-        ("epochs", preset.epochs),
-        ("lr", preset.rates),
-        ("batch_size", preset.batches),
-    ):
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count()) if args.augment else 0
+    epochs, rates, batches, _ = PRESETS[args.preset]
+    for name, default in {"epochs": epochs, "lr": rates, "batch_size": batches}.items():
         values = getattr(args, name) or list(default)
         if len(values) not in (1, 4):
             parser.error(f"--{name.replace('_', '-')} takes one value or four, not {len(values)}")

@@ -174,7 +174,7 @@ def test_padding_is_zero_after_normalisation():
     assert geometry.inner == (0, 10, 40, 20)
     assert (square[:, padding] == 0).all()
     for channel, (value, mean, std) in enumerate(
-        zip((0.2, 0.4, 0.8), data.CLIP_MEAN, data.CLIP_STD)
+        zip((0.2, 0.4, 0.8), data.MEAN, data.STD)
     ):
         assert square[channel, 20, 20].item() == pytest.approx((value - mean) / std, abs=1e-5)
 
@@ -244,8 +244,8 @@ def test_augmentation_follows_from_seed_stage_epoch_and_index(painted):
     """The same four numbers give the same picture, in any order of reading; other numbers another."""
 
     def item(seed, stage, epoch, index, before=()):
-        dataset = painted(seed=seed)
-        dataset.set_epoch(stage, epoch)
+        dataset = painted()
+        dataset.set_epoch(seed, stage, epoch)
         for other in before:
             dataset[other]
         return dataset[index]["image"]
