@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import shutil
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -404,17 +405,11 @@ def cut_to_longest(tokens, multiple=4):
 
 
 def collate(items, tokenize):
-    """Items of a GroundingDataset -> a batch, a dict:
-
-    images [B, 3, S, S], padding [B, S, S], tokens int64 [B, T] cut to the longest text, boxes
-    [B, 4], objects [B, 2], indices [B], texts list of str. tokenize: list of str -> [B, 77].
-    """
-    texts = [item["text"] for item in items]
-    tokens = cut_to_longest(tokenize(texts))
-    names = {"image": "images", "padding": "padding", "box": "boxes", "object": "objects"}
-    batch = {many: torch.stack([item[one] for item in items]) for one, many in names.items()}
-    indices = torch.tensor([item["index"] for item in items])
-    return {**batch, "tokens": tokens, "indices": indices, "texts": texts}
+    """Items of a GroundingDataset -> a batch, a dict with the same names: image [B, 3, S, S], padding
+    [B, S, S], box [B, 4], object [B, 2], index [B], text list of str; and tokens int64 [B, T], cut to
+    the longest text. tokenize: list of str -> [B, 77]."""
+    batch = torch.utils.data.default_collate(items)
+    return {**batch, "tokens": cut_to_longest(tokenize(batch["text"]))}
 
 
 def batches(dataset, batch_size, tokenize, workers=0, train=False):
@@ -439,7 +434,7 @@ SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (TRAIN_SCENES, (1, 2, 3, 4, 5), 3, EVERYTHING),
+    "train": (TRAIN_SCENES, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
@@ -639,14 +634,15 @@ def make_scene(job):
 
 
 def learn_merges(words):
-    """BPE merges that put each word together from its beginning: r + e, re + d</w>. Where the merge of
-    another word comes first, a word stays in two or three pieces."""
-    ends = (
-        ("" if i + 1 < len(word) else "</w>", word, i)
-        for word in words
-        for i in range(1, len(word))
-    )
-    return list(dict.fromkeys(f"{word[:i]} {word[i]}{end}" for end, word, i in ends))
+    """Byte-pair encoding: the commonest pair of neighbouring pieces becomes one, until each word is one.
+    Returns the lines of a merges file."""
+    merges, words = [], [" " + " ".join(word) + "</w> " for word in words]
+    while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
+        merges.append(" ".join(max(sorted(pairs), key=pairs.get)))
+        words = [
+            word.replace(f" {merges[-1]} ", f" {merges[-1].replace(' ', '')} ") for word in words
+        ]
+    return merges
 
 
 def annotate(texts, shapes, picture, split, annotations, refs):

@@ -47,9 +47,9 @@ def predict(model, dataset, batch_size=64, workers=0):
     loader = data.batches(dataset, batch_size, model.tokenize, workers)
     found, true = [], []
     for batch in tqdm(loader, desc="  evaluating", leave=False):
-        images, tokens, padding = (batch[k].to(device) for k in ("images", "tokens", "padding"))
-        found.append(model(images, tokens, padding).boxes.cpu())
-        true.append(batch["boxes"])
+        inputs = [batch[name].to(device) for name in ("image", "tokens", "padding")]
+        found.append(model(*inputs).boxes.cpu())
+        true.append(batch["box"])
     model.train(was_training)
     return torch.cat(found), torch.cat(true)
 

@@ -11,7 +11,7 @@ the README's list of differences from the poster and from its authors' released 
 
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,14 +43,17 @@ LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
 
 @dataclass
 class HiVGConfig:
-    """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every checkpoint."""
+    """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every checkpoint.
 
-    image_size: int = 224
+    None stands for what the poster has with this CLIP: see `filled`.
+    """
+
+    image_size: int = None
     mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own (D9)
     std: tuple = (0.26862954, 0.26130258, 0.27577711)
-    visual_layers: tuple = (1, 4, 8, 12)  # V: their outputs are the multi-level features
-    bridge_layers: tuple = (1, 4, 8, 12)  # C: they hold a bridge
-    text_layers: tuple = (12,)  # f^i that the bridges read
+    visual_layers: tuple = None  # V: their outputs are the multi-level features
+    bridge_layers: tuple = None  # C: they hold a bridge
+    text_layers: tuple = None  # f^i that the bridges read
     grounding_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
@@ -65,14 +68,14 @@ class HiVGConfig:
 
     ADAPTERS = ("hilora", "vanilla", "none")
 
-    @classmethod
-    def for_clip(cls, clip_config, text_layers=(12,), **settings):
-        """The poster's layers V and C for CLIP's depth; text_layers are counted as if there were twelve."""
+    def filled(self, clip_config):
+        """A copy without None: CLIP's own image size, layers V and C by its depth, its last text layer."""
         depth = clip_config.vision_layers
         spread = tuple(sorted({1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth}))
-        levels, bridges = LARGE.get((depth, clip_config.image_size), (spread, spread))
-        text = sorted({math.ceil(i * clip_config.text_layers / 12) for i in text_layers})
-        return cls(visual_layers=levels, bridge_layers=bridges, text_layers=tuple(text), **settings)
+        V, C = LARGE.get((depth, clip_config.image_size), (spread, spread))
+        known = {"image_size": clip_config.image_size, "text_layers": (clip_config.text_layers,)}
+        known |= {"visual_layers": V, "bridge_layers": C}
+        return replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
 
 
 # ----------------------------------------------------------------------------------------------------- boxes
@@ -203,8 +206,9 @@ class HiVG(nn.Module):
 
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
+        self.config, self.tokenizer = config.filled(clip.config), tokenizer
+        config = self.config
         clip.resize(config.image_size)
-        self.config, self.tokenizer = config, tokenizer
         sizes, depth = clip.config, clip.config.vision_layers
         if not set(config.visual_layers) | set(config.bridge_layers) <= set(range(1, depth + 1)):
             raise HiVGError(f"V and C have to be layers of CLIP, 1 to {depth}: {config}.")
@@ -223,6 +227,8 @@ class HiVG(nn.Module):
         each = D, config.heads, config.feedforward, config.dropout
         layers = [GroundingLayer(*each) for _ in range(config.grounding_layers)]
         self.layers = nn.ModuleList(layers)
+        for matrix in [p for p in self.layers.parameters() if p.dim() == 2]:
+            nn.init.xavier_uniform_(matrix)
         self.norm = nn.LayerNorm(D)
         hidden = [nn.Linear(D, D), nn.ReLU(), nn.Linear(D, D), nn.ReLU()]
         self.box_head = nn.Sequential(*hidden, nn.Linear(D, 4))

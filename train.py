@@ -20,12 +20,14 @@ import time
 from argparse import RawDescriptionHelpFormatter as RawText
 from dataclasses import asdict
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -33,25 +35,32 @@ import clip_model
 import data
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, load_clip, replacing, save_clip
 from evaluate import evaluate, evaluate_splits, exit_with, pick_device
-from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
+from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, grid_positions, load_model, losses, save_checkpoint
 
 
 class Preset(NamedTuple):
-    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; fields of HiVGConfig to change."""
+    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; AdamW's betas; fields of HiVGConfig
+    to change."""
 
     epochs: tuple
     rates: tuple
     batches: tuple
+    betas: tuple = (0.9, 0.999)
     model: dict = {}
 
 
-SHAPES = dict(
-    grounding_layers=4, heads=4, feedforward=512, region_width=512, dropout=0.0, lora_dropout=0.0
+SMALL = dict(grounding_layers=3, heads=4, feedforward=512, region_width=512)
+SHAPES = Preset(
+    epochs=(5, 1, 1, 1),
+    rates=(1.2e-3, 6e-4, 5e-4, 4e-4),
+    batches=(96,) * 4,
+    betas=(0.9, 0.98),
+    model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
 )
 PRESETS = {
     "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),
-    "shapes": Preset((4, 1, 1, 1), (1.5e-3, 7e-4, 7e-4, 7e-4), (96,) * 4, SHAPES),
-    "shapes-long": Preset((30, 10, 10, 10), (1e-3, 5e-4, 5e-4, 5e-4), (96,) * 4, SHAPES),
+    "shapes": SHAPES,
+    "shapes-long": SHAPES._replace(epochs=(60, 20, 20, 20)),
 }
 TEXT_LAYERS = {  # the f^i that the bridges read; the last one for the data sets not named
     "refcoco+": (6, 12),
@@ -105,17 +114,31 @@ def choose_precision(device):
     """
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        matrices = [
-            torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
-        ]
+        n, pair = (
+            torch.get_num_threads(),
+            (torch.ones(1024, 1024), torch.ones(1024, 1024).bfloat16()),
+        )
         slow, fast = (
-            Timer("a @ a", globals={"a": matrix}, num_threads=threads).timeit(20).median
-            for matrix in matrices
+            Timer("a @ a", globals={"a": a}, num_threads=n).timeit(20).median for a in pair
         )
         bf16 = slow > 2 * fast
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     return ("bf16" if bf16 else "fp32"), autocast
+
+
+def see_patches(visual, images):
+    """Start an image tower with a patch embedding that keeps what patches show, and keep it: images [n, 3, S, S].
+
+    Its rows are the patches' principal components, each scaled to variance 1, so that edges count as much as colour: a patch
+    embedding learned in so few steps sees colours and hardly any kinds. Positions start as sines and cosines.
+    """
+    width, _, patch, _ = visual.conv1.weight.shape
+    patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
+    variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
+    rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
+    visual.conv1.weight = nn.Parameter(rows.reshape(visual.conv1.weight.shape), False)
+    positions = grid_positions(images.shape[-1] // patch, width) - rows @ patches.mean(dim=0)
+    visual.positional_embedding.data[1:] += positions
 
 
 def shapes_clip(folder, seed, device, context):
@@ -137,10 +160,11 @@ def shapes_clip(folder, seed, device, context):
     ]
     tokens = [tokenizer(texts) for texts in captions.values()]  # [captions of the scene, 77] each
     SHAPES_CLIP.vocab_size = tokenizer.vocab_size
-    clip = CLIP(SHAPES_CLIP).to(device).train()
-    optimizer = torch.optim.AdamW(
-        clip.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True
-    )
+    clip = CLIP(SHAPES_CLIP)
+    see_patches(clip.visual, torch.stack(scenes[:1500]).float())
+    clip.to(device).train()
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
     for step in bar:
         batch = rng.choice(len(scenes), SHAPES_CLIP_BATCH, replace=False)
@@ -190,7 +214,7 @@ def train_epoch(model, loader, optimizer, rates, context, title):
     model.train()
     total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
     bar = tqdm(loader, title, leave=False)
-    names = ("images", "tokens", "padding", "boxes", "objects")
+    names = ("image", "tokens", "padding", "box", "object")
     for step, (batch, learning_rate) in enumerate(zip(bar, rates, strict=True)):
         images, tokens, padding, boxes, objects = (batch[name].to(device) for name in names)
         with context():
@@ -217,19 +241,16 @@ class Progress(NamedTuple):
 
 def start(args, device, context):
     """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it."""
-    clip_path = args.clip
-    if args.dataset == "shapes" and not clip_path:
+    clip_path = args.clip or "ViT-B/16"
+    if args.dataset == "shapes" and not args.clip:
         clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
-    clip = load_clip(str(clip_path or "ViT-B/16"))
-    tokenizer = tokenizer_for(clip_path or "ViT-B/16", clip.config.vocab_size)
+    clip = load_clip(str(clip_path))
+    tokenizer = tokenizer_for(clip_path, clip.config.vocab_size)
     torch.manual_seed(args.seed)
-    config = HiVGConfig.for_clip(
-        clip.config,
-        TEXT_LAYERS.get(args.dataset, (12,)),
-        image_size=args.image_size or clip.config.image_size,
-        adapters=args.adapters,
-        **PRESETS[args.preset].model,
-    )
+    counted = TEXT_LAYERS.get(args.dataset, (12,))  # as if there were twelve
+    text_layers = sorted({math.ceil(i * clip.config.text_layers / 12) for i in counted})
+    settings = dict(image_size=args.image_size, adapters=args.adapters, text_layers=text_layers)
+    config = HiVGConfig(**settings, **PRESETS[args.preset].model)
     return HiVG(config, clip, tokenizer).to(device)
 
 
@@ -258,9 +279,11 @@ def run(args):
 
     # a short account of what is going to happen
     print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
-    for split in data.DATASETS[args.dataset].splits.split():
+    source = data.DATASETS[args.dataset]
+    for split, published in zip_longest(source.splits.split(), source.counts):
         there = read(split) if split in splits else None
         words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
+        words += [f"published: {published:,}"] if published else []
         print(f"  {split:6} {'; '.join(words)}")
     print(f"adapters {args.adapters}; by stage: epochs {args.epochs}, rates {args.lr}, ", end="")
     print(f"batches {args.batch_size}; losses {LOSS_WEIGHTS}\n{account(model)}", flush=True)
@@ -274,7 +297,8 @@ def run(args):
         set_seed(args.seed, stage)
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, top, weight_decay=WEIGHT_DECAY, fused=True)
+        betas = PRESETS[args.preset].betas
+        optimizer = torch.optim.AdamW(trained, top, betas, weight_decay=WEIGHT_DECAY, fused=True)
         if optimizer_state:
             optimizer.load_state_dict(optimizer_state)
         for epoch in range(progress.epoch, epochs):
@@ -338,7 +362,7 @@ def main():
     args.output = args.output or f"runs/{args.dataset}"
     if args.workers is None:
         args.workers = min(8, os.cpu_count()) if args.augment else 0
-    epochs, rates, batches, _ = PRESETS[args.preset]
+    epochs, rates, batches, *_ = PRESETS[args.preset]
     for name, default in {"epochs": epochs, "lr": rates, "batch_size": batches}.items():
         values = getattr(args, name) or list(default)
         if len(values) not in (1, 4):

@@ -95,7 +95,7 @@ def tiny_model(tokenizer, stage=0, seed=0, **settings):
     clip = tiny_clip(seed)
     sizes = {"image_size": 64, "grounding_layers": 2, "heads": 4, "feedforward": 64, "rank": 4}
     sizes |= {"region_width": 64, "dropout": 0.0, "lora_dropout": 0.0}
-    config = HiVGConfig.for_clip(clip.config, (4, 12), **sizes | settings)
+    config = HiVGConfig(**{"text_layers": (1, 3)} | sizes | settings)
     model = HiVG(config, clip, tokenizer)
     for bridge in model.bridges.values():
         shake(bridge.mlp, 0.1, seed)

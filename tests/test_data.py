@@ -173,9 +173,7 @@ def test_padding_is_zero_after_normalisation():
     assert padding[:10].all() and padding[30:].all() and not padding[10:30].any()
     assert geometry.inner == (0, 10, 40, 20)
     assert (square[:, padding] == 0).all()
-    for channel, (value, mean, std) in enumerate(
-        zip((0.2, 0.4, 0.8), data.MEAN, data.STD)
-    ):
+    for channel, (value, mean, std) in enumerate(zip((0.2, 0.4, 0.8), data.MEAN, data.STD)):
         assert square[channel, 20, 20].item() == pytest.approx((value - mean) / std, abs=1e-5)
 
 
@@ -402,13 +400,13 @@ def test_collate(refer, tokenizer):
     """A batch has the items in order; tokens are cut to the longest text, rounded up."""
     train = GroundingDataset("refcoco", "train", refer, 64)
     batch = data.collate([train[2], train[0]], tokenizer)
-    assert batch["texts"] == ["out", "the red café"] and batch["indices"].tolist() == [2, 0]
-    assert batch["images"].shape == (2, 3, 64, 64) and batch["padding"].dtype == torch.bool
-    whole = tokenizer(batch["texts"])
+    assert batch["text"] == ["out", "the red café"] and batch["index"].tolist() == [2, 0]
+    assert batch["image"].shape == (2, 3, 64, 64) and batch["padding"].dtype == torch.bool
+    whole = tokenizer(batch["text"])
     length = batch["tokens"].shape[1]
     assert length % 4 == 0 and 0 <= length - (whole != 0).sum(dim=1).max() < 4
     assert torch.equal(batch["tokens"], whole[:, :length])
-    assert batch["objects"].tolist() == [[2, 102], [1, 101]]
+    assert batch["object"].tolist() == [[2, 102], [1, 101]]
 
 
 def test_cached_pictures_are_the_same(refer):

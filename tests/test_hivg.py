@@ -286,7 +286,7 @@ def test_a_grounding_layer_equals_torch_attention():
 def test_layers_of_the_multi_level_features_and_bridges(depth, size, levels, bridges):
     """V and C are the table's for CLIP's depths, and thirds of any other depth."""
     sizes = replace(tiny_clip(vision_layers=1).config, vision_layers=depth, image_size=size)
-    config = HiVGConfig.for_clip(sizes)
+    config = HiVGConfig().filled(sizes)
     assert (config.visual_layers, config.bridge_layers) == (levels, bridges)
 
 
