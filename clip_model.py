@@ -21,7 +21,6 @@ import math
 import os
 import pickle
 import re
-import urllib.error
 import urllib.request
 import zipfile
 from collections import OrderedDict
@@ -42,6 +41,17 @@ class HiVGError(Exception):
 
 
 @contextmanager
+def explaining(what, way_out):
+    """Whatever goes wrong inside becomes one sentence, "what (reason): way_out.": damaged files raise almost anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        reason = " ".join(reason.removeprefix("HiVGError: ").split())[:500]
+        raise HiVGError(f"{what} ({reason}): {way_out}.") from error
+
+
+@contextmanager
 def replacing(path):
     """Give a temporary name beside `path`, renamed to `path` if all went well: never a half-written file."""
     path = Path(path)
@@ -53,8 +63,9 @@ def replacing(path):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise HiVGError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise HiVGError(f"{path} cannot be written ({reason}): name another place.") from error
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
@@ -79,26 +90,24 @@ def byte_symbols():
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE (spec section 7): "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
+    """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
     merges_file: path of a merges file (plain or .gz: one header line, then one merge "a b" per line), or an open
     text file. Ids are: 256 symbols, the same 256 at the end of a word, one per merge, start token, end token.
     """
 
     def __init__(self, merges_file):
-        if isinstance(merges_file, io.TextIOBase):
-            text = merges_file.read()
-        else:
-            opener = gzip.open if str(merges_file).endswith(".gz") else open
-            try:
+        with explaining(f"The vocabulary {merges_file} cannot be read", "get it anew"):
+            if isinstance(merges_file, io.TextIOBase):
+                text = merges_file.read()
+            else:
+                opener = gzip.open if str(merges_file).endswith(".gz") else open
                 with opener(merges_file, "rt", encoding="utf-8") as file:
                     text = file.read()
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise HiVGError(f"The vocabulary {merges_file} cannot be read: {error}.") from error
-        lines = text.strip().split("\n")[1 : MAX_MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
-        if any(len(merge) != 2 for merge in merges):
-            raise HiVGError(f"{merges_file} is no vocabulary: not every line is two symbols.")
+            lines = text.strip().split("\n")[1 : MAX_MERGES + 1]
+            merges = [tuple(line.split()) for line in lines]
+            if any(len(merge) != 2 for merge in merges):
+                raise ValueError("not every line is two symbols")
         self.merges_text = text  # carried by checkpoints
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         symbols = list(byte_symbols().values())
@@ -318,9 +327,7 @@ class CLIP(nn.Module):
             return
         patch = self.config.patch_size
         if image_size % patch:
-            raise HiVGError(
-                f"The image size {image_size} is no multiple of the patch side {patch}."
-            )
+            raise HiVGError(f"Image size {image_size} is no multiple of the patch side {patch}.")
         old, new = self.config.image_size // patch, image_size // patch
         cls, grid = self.visual.positional_embedding.data.split([1, old * old])
         grid = grid.T.reshape(1, -1, old, old)  # [1, d, old, old]
@@ -332,6 +339,7 @@ class CLIP(nn.Module):
 
 # ------------------------------------------------------------------------------------- weights from outside
 
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
 RELEASED = {  # name: address; the long number is the file's sha256
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
@@ -352,23 +360,22 @@ def cached(url, sha256):
     path = folder / url.rsplit("/", 1)[1]
     if path.is_file():
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise HiVGError(
-                f"{path} has a wrong sha256, so it is damaged: delete it and run again."
-            )
+            raise HiVGError(f"{path} has a wrong sha256, it is damaged: delete it and run again.")
         return path
     with replacing(path) as temporary:
-        try:
-            with urllib.request.urlopen(url, timeout=30) as reply, open(temporary, "wb") as file:
-                total = int(reply.headers.get("Content-Length") or 0) or None
-                digest = hashlib.sha256()
-                with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                    while chunk := reply.read(1 << 20):
-                        file.write(chunk)
-                        digest.update(chunk)
-                        bar.update(len(chunk))
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            why = f"{path} is not there and {url} cannot be reached ({error})"
-            raise HiVGError(f"{why}: put the file there by hand.") from error
+        missing = f"{path} is not there and {url} cannot be reached"
+        with (
+            explaining(missing, "put the file there by hand"),
+            urllib.request.urlopen(url, timeout=30) as reply,
+            open(temporary, "wb") as file,
+        ):
+            total = int(reply.headers.get("Content-Length") or 0) or None
+            digest = hashlib.sha256()
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
         if digest.hexdigest() != sha256:
             raise HiVGError(f"{url} gave a file of a wrong sha256, thrown away: try again.")
     return path
@@ -403,13 +410,13 @@ class ArchiveUnpickler(pickle.Unpickler):
             return getattr(torch, name.removesuffix("Storage").lower())
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise HiVGError(f"it asks for {module}.{name}, which is not plain data")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
     def persistent_load(self, reference):
         _, dtype, key, _, numel = reference
         size = numel * dtype.itemsize
         if self.archive.getinfo(f"{self.prefix}data/{key}").file_size != size:
-            raise HiVGError(f"its tensor {key} has not the size that it claims")
+            raise ValueError(f"its tensor {key} has not the size that it claims")
         content = bytearray(self.archive.read(f"{self.prefix}data/{key}"))
         return torch.frombuffer(content, dtype=dtype)
 
@@ -434,21 +441,17 @@ def read_archive(path):
 def read_weights(path):
     """What torch.load reads from `path` (plain data and tensors only), or a TorchScript archive's state dict.
 
-    Raises HiVGError with the file's name for whatever is neither.
+    Raises almost anything for a damaged or hostile file: to be called within `explaining`.
     """
-    if not Path(path).is_file():
-        names = ", ".join(RELEASED)
-        raise HiVGError(f"There is no file {path}: check the path (CLIP's names are {names}).")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+        if scripted:
+            return read_archive(path)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
-            if scripted:
-                return read_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file provokes almost any: all are told
-        reason = str(error).strip().split("\n")[0][:200]
-        raise HiVGError(f"{path} cannot be read as weights: {reason or type(error)}.") from error
+    except pickle.UnpicklingError:  # torch's own words advise to load it unsafely
+        raise ValueError("damaged, or it holds more than tensors and plain data") from None
 
 
 def config_from(state):
@@ -482,16 +485,16 @@ def load_clip(name_or_path):
     if name_or_path in RELEASED:
         address = RELEASED[name_or_path]
         path = cached(CLIP_URL + address, sha256=address.split("/")[0])
-    state = read_weights(path)
-    try:
+    names = ", ".join(RELEASED)
+    with explaining(
+        f"{path} is no CLIP (ViT) in OpenAI's names", f"name a file of one, or {names}"
+    ):
+        state = read_weights(path)
         for extra in ("input_resolution", "context_length", "vocab_size"):
             state.pop(extra, None)
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
         clip = CLIP(config_from(state))
         clip.load_state_dict(state)
-    except (KeyError, AttributeError, ValueError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HiVGError(f"{path} holds no CLIP (ViT) in OpenAI's names: {reason}.") from error
     return clip.eval()
 
 

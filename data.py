@@ -22,6 +22,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 from collections import Counter
 from typing import NamedTuple
 
@@ -30,10 +31,8 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from clip_model import HiVGError
+from clip_model import MEAN, STD, HiVGError, explaining
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -56,16 +55,13 @@ def load_image(path, upright=True):
     boxes count in the pixels as stored, so their loader passes False.
     Raises HiVGError for a file that is missing, empty, broken, no picture, or too large.
     """
-    try:
+    with explaining(f"{path} cannot be read as a picture", "replace it"):
         if not os.path.getsize(path):
             raise ValueError("the file is empty")
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:  # the header's claim, nothing decoded yet
                 raise ValueError(f"more than {MOST_PIXELS:,} pixels")
             return to_rgb(ImageOps.exif_transpose(image) if upright else image)
-    except Exception as error:  # a decoder fed with broken data raises almost anything
-        reason = getattr(error, "strerror", None) or error
-        raise HiVGError(f"{path} cannot be read as a picture ({reason}): replace it.") from error
 
 
 # --------------------------------------------------------------------- the photograph in its square
@@ -257,14 +253,12 @@ def read_file(name, data_root, file_name, read):
     source = DATASETS[name]
     folder = os.path.join(data_root, source.folder)
     if name == "shapes" and not os.path.exists(folder):
-        generate_shapes(folder)
+        with explaining(f"{folder} cannot be made", "name another --data-root"):
+            generate_shapes(folder)
     path = os.path.join(folder, file_name.format(source))
-    try:
-        with open(path, "rb") as file:
-            return read(file)
-    except Exception as error:  # broken pickles raise almost anything
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise HiVGError(f"{path}: {reason}; {source.origin.format(source)}.") from error
+    origin = source.origin.format(source)
+    with explaining(f"{path} cannot be read", origin), open(path, "rb") as file:
+        return read(file)
 
 
 def available_splits(name, data_root):
@@ -285,12 +279,12 @@ def read_refer(name, split, data_root):
         raise HiVGError(f"{name} has no split {split!r}: choose one of {source.splits}.")
     folder = os.path.join(data_root, source.folder)
     if split not in refs:
-        raise HiVGError(
-            f"{folder} holds no refs of split {split!r}, only of {', '.join(map(str, refs))}."
-        )
+        there = ", ".join(map(str, refs))
+        raise HiVGError(f"{folder} holds no refs of split {split!r}, only of {there}.")
     instances = read_file(name, data_root, "instances.json", json.load)
     samples, flat, empty, clipped = [], [], 0, 0
-    try:
+    misfit, origin = f"The files in {folder} do not fit together", source.origin.format(source)
+    with explaining(misfit, origin):
         boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
         pictures = {picture["id"]: picture for picture in instances["images"]}
         for ref in refs[split]:
@@ -307,16 +301,10 @@ def read_refer(name, split, data_root):
             clipped += box != (x, y, x + w, y + h)
             path = next(filter(os.path.isfile, places), None)
             if path is None:
-                origin = source.origin.format(source)
-                raise HiVGError(f"There is none of {', '.join(places)}: {origin}.")
+                raise HiVGError(f"there is none of {', '.join(places)}")
             texts = [sentence["sent"].strip().lower() for sentence in ref["sentences"]]
             samples += [Sample(path, text, box, *ids, size) for text in texts if text]
             empty += texts.count("")
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise HiVGError(
-            f"The refs and instances.json in {folder} do not fit together or lack something "
-            f"({type(error).__name__}: {error}): {source.origin.format(source)}."
-        ) from error
     notes = {
         "empty expressions left out": empty,
         f"boxes without area left out, ref_id {', '.join(flat)}": len(flat),
@@ -427,7 +415,7 @@ def batches(dataset, batch_size, tokenize, workers=0, train=False):
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 20_000
+TRAIN_SCENES = 32_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
@@ -445,22 +433,19 @@ KINDS = {  # polygons in a box of 100 x 100, y downwards
     "diamond": [(50, 0), (100, 50), (50, 100), (0, 50)],
     "star": [(50, 0), (63, 36), (100, 38), (71, 62), (81, 100), (50, 78), (19, 100), (29, 62),
              (0, 38), (37, 36)],
-    "heart": [(50 + 50 * math.sin(t) ** 3, 42 - 45 * math.cos(t) + 18 * math.cos(2 * t)
-               + 7 * math.cos(3 * t)) for t in TURN],
     "cross": [(33, 0), (67, 0), (67, 33), (100, 33), (100, 67), (67, 67), (67, 100), (33, 100),
               (33, 67), (0, 67), (0, 33), (33, 33)],
 }
 COLOURS = {
     "red": (214, 38, 38), "orange": (248, 142, 22), "yellow": (250, 222, 42),
-    "green": (48, 158, 62), "blue": (42, 92, 216), "purple": (136, 54, 176),
-    "pink": (250, 152, 196), "black": (38, 38, 42),
+    "green": (48, 158, 62), "blue": (42, 92, 216), "pink": (250, 152, 196), "black": (38, 38, 42),
 }
-SIZES = {"small": (0.24, 0.32), "big": (0.42, 0.58)}  # of the side
+SIZES = {"small": (0.26, 0.36), "big": (0.43, 0.60)}  # of the side
 WORDS = {  # how people call it, the usual way twice; every other word stands for itself
     None: "one|thing|shape|object", "small": "small|small|little|tiny", "big": "big|big|large",
-    "purple": "purple|purple|violet", "circle": "circle|circle|disc|round thing",
+    "circle": "circle|circle|disc|round thing",
     "square": "square|square|box", "diamond": "diamond|diamond|rhombus",
-    "heart": "heart|heart|love heart", "cross": "cross|cross|plus sign",
+    "cross": "cross|cross|plus sign",
 }
 
 
@@ -510,8 +495,8 @@ class Shape(NamedTuple):
 
 def overlap(a, b):
     """The area that two boxes share."""
-    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    return max(width, 0) * max(height, 0)
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return width * height if width > 0 and height > 0 else 0
 
 
 def arrange(rng, count):
@@ -520,21 +505,25 @@ def arrange(rng, count):
     All but the star fill half of their box, so an eighth of it may lie under later shapes' boxes.
     """
     kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), rng.choice((2, 3)))
-    shapes, hidden, tries = [], [], 0
+    shapes, room, tries = [], [], 0  # room: the area of each shape that may still be hidden
     while len(shapes) < count:
         if tries % (15 * count) == 0:  # a scene that does not come out is begun again
-            shapes, hidden = [], []
+            shapes, room = [], []
         tries += 1
-        look = rng.choice(("small", "big", "big")), rng.choice(colours), rng.choice(kinds)
-        side = 2 * SIDE * rng.uniform(*SIZES[look[0]])
+        size, colour, kind = (
+            rng.choice(("small", "big", "big")),
+            rng.choice(colours),
+            rng.choice(kinds),
+        )
+        side = 2 * SIDE * rng.uniform(*SIZES[size])
         w, h = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
         x, y = rng.randint(2, 2 * SIDE - 2 - w), rng.randint(2, 2 * SIDE - 2 - h)
-        box, centre = (x, y, x + w, y + h), (2 * x + w - 2 * SIDE, 2 * y + h - 2 * SIDE)
-        new = Shape(*look, box, centre[0] / 4 / SIDE, centre[1] / 4 / SIDE)
-        areas = [area + overlap(box, shape.box) for area, shape in zip(hidden, shapes)]
-        limits = [overlap(s.box, s.box) / (12 if s.kind == "star" else 8) for s in shapes]
-        if all(area <= limit for area, limit in zip(areas, limits)):
-            shapes, hidden = [*shapes, new], [*areas, 0]
+        box = (x, y, x + w, y + h)
+        if all(overlap(box, shape.box) <= area for shape, area in zip(shapes, room)):
+            room = [area - overlap(box, shape.box) for shape, area in zip(shapes, room)]
+            room.append(w * h / (12 if kind == "star" else 8))
+            centre = ((2 * x + w) / 4 / SIDE - 0.5, (2 * y + h) / 4 / SIDE - 0.5)
+            shapes.append(Shape(size, colour, kind, box, *centre))
     return shapes
 
 
@@ -564,14 +553,12 @@ def holds(degree, superlative, target, others):
 
 def expression(rng, shapes, category):
     """One try at an expression: (text, number of the shape it is true of), or None where it is not
-    proven to be true of that one alone, or says more than one needs."""
+    proven to be true of that one alone. As people do, it may say more than one needs."""
     target = rng.choice(shapes)
     said, ways, names = describe(rng, target), "{}", ()
     rivals = [shape for shape in matching(shapes, said) if shape is not target]
     if category == "attributes":
         proven = any(said) and not rivals
-    elif not rivals and len(shapes) > 1:  # no need to say where it is
-        return None
     elif category == "place":
         ways, degree, superlative = rng.choice(PLACES)
         proven = holds(lambda s: degree(s.x, s.y), superlative, target, rivals)
@@ -614,7 +601,7 @@ def draw(rng, shapes):
         points = [(x1 + x * scale_x, y1 + y * scale_y) for x, y in KINDS[shape.kind]]
         fill = tuple(round(max(0, c - rng.uniform(0, 28))) for c in COLOURS[shape.colour])
         ImageDraw.Draw(image).polygon(points, fill, tuple(value // 3 for value in fill), 2)
-    noise = np.random.RandomState(rng.getrandbits(32)).normal(0, 5, (SIDE, SIDE, 3))
+    noise = np.frombuffer(rng.randbytes(3 * SIDE**2), np.uint8).reshape(SIDE, SIDE, 3) / 16 - 8
     pixels = (np.asarray(image.reduce(2)) + noise).clip(0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
     return file.getvalue()
@@ -636,12 +623,11 @@ def make_scene(job):
 def learn_merges(words):
     """Byte-pair encoding: the commonest pair of neighbouring pieces becomes one, until each word is one.
     Returns the lines of a merges file."""
-    merges, words = [], [" " + " ".join(word) + "</w> " for word in words]
+    merges, words = [], [" " + "  ".join(word) + "</w> " for word in words]  # " r  e  d</w> "
     while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
-        merges.append(" ".join(max(sorted(pairs), key=pairs.get)))
-        words = [
-            word.replace(f" {merges[-1]} ", f" {merges[-1].replace(' ', '')} ") for word in words
-        ]
+        first, second = max(sorted(pairs), key=pairs.get)
+        merges.append(f"{first} {second}")
+        words = [word.replace(f" {first}  {second} ", f" {first}{second} ") for word in words]
     return merges
 
 
@@ -677,7 +663,8 @@ def generate_shapes(folder):
     os.makedirs(os.path.join(half, "images"))
     pictures, annotations, refs, captions, words, split_of = [], [], [], {}, set(), {}
     jobs = [(split, number) for split in SPLITS for number in range(SPLITS[split][0])]
-    with multiprocessing.Pool() as pool:
+    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C
+    with multiprocessing.Pool(**quiet) as pool:
         scenes = pool.imap(make_scene, jobs, chunksize=50)
         for (split, _), scene in zip(tqdm(jobs, "making shapes", unit="scene"), scenes):
             shapes, texts, told, jpeg = scene

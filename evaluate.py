@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
-from clip_model import HiVGError, replacing
+from clip_model import HiVGError, explaining, replacing
 from hivg import box_iou, cxcywh_to_xyxy, load_checkpoint
 
 
@@ -32,7 +32,7 @@ def ground(model, image, text):
     """
     if not text.strip():
         raise HiVGError("The expression is empty: say in words which object is meant.")
-    config, device = model.config, next(model.parameters()).device
+    config, device = model.eval().config, next(model.parameters()).device
     square, padding, geometry = data.prepare(image, config.image_size, config.mean, config.std)
     tokens = model.tokenize(text.lower())
     box = model(square[None].to(device), tokens.to(device), padding[None].to(device)).boxes[0]
@@ -120,11 +120,12 @@ def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
 def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0):
     """Evaluate splits of a data set; print the table, write results_NAME.json and a contact sheet into `output`."""
     rows, config = [], model.config
-    for split in splits:
-        picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-        dataset = data.GroundingDataset(name, split, data_root, **picture)
+    picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
+    for dataset in [data.GroundingDataset(name, s, data_root, **picture) for s in splits]:
+        for note in dataset.report:
+            print(f"{dataset.split}: {note}")
         rows.append(evaluate(model, dataset, workers))
-        contact_sheet(model, dataset, output / f"{name}_{split}.png")
+        contact_sheet(model, dataset, output / f"{name}_{dataset.split}.png")
     print(table(rows))
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
     with replacing(output / f"results_{name}.json") as temporary:
@@ -139,10 +140,8 @@ def pick_device(name=None):
     """The device asked for, or the best there is: cuda, mps, cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     found = next((kind for kind, is_there in there.items() if is_there), "cpu")
-    try:
+    with explaining(f"There is no device {name} here", "leave --device out"):
         return torch.empty(0, device=name or found).device
-    except (RuntimeError, AssertionError) as error:
-        raise HiVGError(f"There is no device {name} here: leave --device out.") from error
 
 
 def exit_with(job, args):
@@ -150,7 +149,10 @@ def exit_with(job, args):
     try:
         job(args)
     except HiVGError as error:
-        sys.exit(f"error: {error}")
+        sentence = (
+            str(error).rpartition("HiVGError: ")[2].strip()
+        )  # a worker sends its traceback too
+        sys.exit(f"error: {sentence}")
     except KeyboardInterrupt:
         sys.exit("stopped: what was finished is kept")
 
@@ -187,10 +189,7 @@ def main():
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     add("--image", help="or find something in this photograph")
     add("--text", help="what to find there")
-    add(
-        "--output",
-        help="the picture to draw; for a data set, the folder of the results (default: the checkpoint's)",
-    )
+    add("--output", help="the picture to draw, or the folder of a data set's results")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--workers", type=int, default=0, help="processes that read photographs")
     args = parser.parse_args()

@@ -17,18 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import clip_model
 import lora
-from clip_model import (
-    CLIP,
-    CLIPConfig,
-    HiVGError,
-    QuickGELU,
-    Tokenizer,
-    attend,
-    clip_tokenizer,
-    read_weights,
-    replacing,
-)
+from clip_model import CLIP, CLIPConfig, HiVGError, QuickGELU, Tokenizer, attend
 
 # q, k, v, which are three row blocks of one matrix, and out
 LORA_TARGETS = {"attn.in_proj": 3, "attn.out_proj": 1}
@@ -49,8 +40,8 @@ class HiVGConfig:
     """
 
     image_size: int = None
-    mean: tuple = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own (D9)
-    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple = clip_model.MEAN  # CLIP's own (D9)
+    std: tuple = clip_model.STD
     visual_layers: tuple = None  # V: their outputs are the multi-level features
     bridge_layers: tuple = None  # C: they hold a bridge
     text_layers: tuple = None  # f^i that the bridges read
@@ -59,7 +50,7 @@ class HiVGConfig:
     feedforward: int = 2048
     region_width: int = 3072  # hidden width of the RTCC head
     dropout: float = 0.1
-    adapters: str = "hilora"  # a key of ADAPTERS
+    adapters: str = "hilora"  # one of ADAPTERS
     groups: int = STAGES
     rank: int = 32
     alpha: float = 16
@@ -202,7 +193,7 @@ class Grounding:
 
 
 class HiVG(nn.Module):
-    """The model of spec section 1. `clip` becomes a part of it and is frozen; stage config.stage is entered."""
+    """The whole model (README, The idea). `clip` becomes a part of it and is frozen; stage config.stage is entered."""
 
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
@@ -218,12 +209,12 @@ class HiVG(nn.Module):
         n = len(config.text_layers)
         bridges = {str(layer): Bridge(sizes, n) for layer in config.bridge_layers}
         self.bridges = nn.ModuleDict(bridges)
-        self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)
+        self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
         N = self.grid**2
         self.positions = nn.Parameter(torch.randn(2 + N + sizes.context_length, D) * 0.02)
-        self.positions.data[2 : 2 + N] += grid_positions(self.grid, D)
+        self.positions.data[2 : 2 + N] += grid_positions(self.grid, D)  # (D11)
         each = D, config.heads, config.feedforward, config.dropout
         layers = [GroundingLayer(*each) for _ in range(config.grounding_layers)]
         self.layers = nn.ModuleList(layers)
@@ -235,12 +226,12 @@ class HiVG(nn.Module):
         self.region_norm = nn.LayerNorm(D)
         self.region_mlp = mlp(D, config.region_width, QuickGELU())
         if config.adapters != "none":
-            blocks = clip.visual.transformer.resblocks
+            blocks = clip.visual.transformer.resblocks  # (D6)
             lora.attach(blocks, LORA_TARGETS, config.rank, config.alpha, config.lora_dropout)
         self.enter_stage(config.stage)
 
     def enter_stage(self, stage):
-        """Warm-up (0) or stage j of HiLoRA: adds its pairs and sets what trains (spec section 2). No output changes."""
+        """Warm-up (0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA). No output changes."""
         self.config.stage = stage
         self.requires_grad_(True)
         self.clip.requires_grad_(False)
@@ -255,7 +246,7 @@ class HiVG(nn.Module):
 
     def tokenize(self, texts):
         """A str or a list of str -> LongTensor [N, 77], with the vocabulary that the model was trained with."""
-        self.tokenizer = self.tokenizer or clip_tokenizer()
+        self.tokenizer = self.tokenizer or clip_model.clip_tokenizer()
         return self.tokenizer(texts, self.clip.config.context_length)
 
     def forward(self, images, tokens, padding=None, for_losses=False):
@@ -307,7 +298,7 @@ class HiVG(nn.Module):
         image_vectors = clip.visual.ln_post(x[:, 0]) @ clip.visual.proj  # [B, D]
         return Grounding(
             boxes,
-            region_logits=(v @ u[:, :, None])[:, :, 0],
+            region_logits=(v * u[:, None]).sum(dim=-1),
             patch_padding=patch_padding,
             image_vectors=F.normalize(image_vectors.float(), dim=-1),
             text_vectors=F.normalize(text[rows, ends].float(), dim=-1),
@@ -355,7 +346,7 @@ def region_targets(boxes, side):
 
 
 def losses(output, boxes, objects, logit_scale, beta=0.0):
-    """The poster's losses (spec section 1), means over the batch, not yet weighted (LOSS_WEIGHTS).
+    """The poster's losses (README, Losses; D7), means over the batch, not yet weighted (LOSS_WEIGHTS).
 
     output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B, 2]: (image, object); logit_scale: CLIP's, as
     stored. beta 0: smooth-L1 is plain L1 (D2). Returns a dict of scalars.
@@ -386,27 +377,25 @@ def save_checkpoint(path, model, **more):
         "config": asdict(model.config),
         "clip_config": asdict(model.clip.config),
         "model": model.state_dict(),
-        "vocabulary": (model.tokenizer or clip_tokenizer()).merges_text,
+        "vocabulary": (model.tokenizer or clip_model.clip_tokenizer()).merges_text,
         **more,
     }
-    with replacing(path) as temporary:
+    with clip_model.replacing(path) as temporary:
         torch.save(content, temporary)
 
 
 def load_model(path):
     """(HiVG in the stage it was saved in, the checkpoint's whole content). Raises HiVGError if it is no checkpoint."""
-    content = read_weights(path)
-    if not isinstance(content, dict) or content.get("format") != "hivg-1":
-        raise HiVGError(f"{path} is no checkpoint of HiVG: name a best.pt or last.pt of train.py.")
-    try:
+    way_out = "name a best.pt or last.pt of train.py"
+    with clip_model.explaining(f"{path} is no checkpoint of HiVG", way_out):
+        content = clip_model.read_weights(path)
+        if content["format"] != "hivg-1":
+            raise ValueError(f"its format is {content['format']}")
         clip = CLIP(CLIPConfig(**content["clip_config"]))
         tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
         model = HiVG(HiVGConfig(**content["config"]), clip, tokenizer)
         model.load_state_dict(content["model"])
         model.enter_stage(model.config.stage)  # folds the frozen pairs that were just read
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise HiVGError(f"{path} does not fit the model that it describes: {reason}.") from error
     return model, content
 
 

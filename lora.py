@@ -1,4 +1,4 @@
-"""LoRA and HiLoRA (poster, section on hierarchical low-rank adaptation; spec section 2).
+"""LoRA and HiLoRA (Hu et al. 2022; the poster's section on hierarchical low-rank adaptation).
 
 Vanilla LoRA:   h = W_0 x + b + (alpha / r) B A x                        A random, B zero at the start
 HiLoRA:         h = W_0 x + b + sum_{k = g(l)}^{j} (alpha / r) B_k A_k x     for layer l <= j L / G, in stage j
@@ -29,7 +29,7 @@ def pairs_held(layer, layers, groups, stage):
     return range(first, stage + 1)
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Module):
     """A frozen nn.Linear with low-rank pairs beside it. weight and bias keep their names and are never written.
 
     blocks: the matrix is that many row blocks of equal height (3 for a fused q, k, v), each with pairs of its own.
@@ -38,12 +38,10 @@ class LoRALinear(nn.Linear):
     """
 
     def __init__(self, linear, blocks, rank, alpha, dropout):
-        super().__init__(
-            linear.in_features, linear.out_features, linear.bias is not None, device="meta"
-        )
-        if linear.out_features % blocks:
-            raise ValueError(f"{linear.out_features} rows cannot be cut into {blocks} equal blocks")
+        super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        if len(self.weight) % blocks:
+            raise ValueError(f"{len(self.weight)} rows cannot be cut into {blocks} equal blocks")
         self.requires_grad_(False)
         self.blocks, self.rank, self.scale, self.dropout = blocks, rank, alpha / rank, dropout
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -52,10 +50,10 @@ class LoRALinear(nn.Linear):
 
     def add_pair(self, key):
         """A Kaiming uniform (a = sqrt 5), B zero: the output stays what it was."""
-        shape = self.blocks, self.rank, self.in_features
-        bound = 1 / math.sqrt(self.in_features)  # Kaiming uniform with a = sqrt(5)
-        a = torch.empty(shape, device=self.weight.device).uniform_(-bound, bound)
-        b = a.new_zeros(self.blocks, self.out_features // self.blocks, self.rank)
+        rows, columns = self.weight.shape
+        bound = 1 / math.sqrt(columns)  # Kaiming uniform with a = sqrt(5)
+        a = self.weight.new_empty(self.blocks, self.rank, columns).uniform_(-bound, bound)
+        b = a.new_zeros(self.blocks, rows // self.blocks, self.rank)
         self.lora_A[key], self.lora_B[key] = nn.Parameter(a), nn.Parameter(b)
 
     @torch.no_grad()

