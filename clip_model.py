@@ -493,8 +493,9 @@ def load_clip(name_or_path):
         for extra in ("input_resolution", "context_length", "vocab_size"):
             state.pop(extra, None)
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
-        clip = CLIP(config_from(state))
-        clip.load_state_dict(state)
+        with torch.device("meta"):
+            clip = CLIP(config_from(state))
+        clip.load_state_dict(state, assign=True)
     return clip.eval()
 
 

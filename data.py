@@ -3,7 +3,7 @@
 Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `to_square` and
 `to_pixels` (where a photograph lies in the model's square, there and back), `random_geometry` and
 `jitter` (training's augmentation), `DATASETS` with `read_refer` (RefCOCO's files),
-`GroundingDataset` and `collate` (samples and batches); and last the shapes data set, which is
+`GroundingDataset` and `batches`; and last the shapes data set, which is
 generated: tables of kinds, colours and words, `expression` (one sentence, proven true of exactly
 one shape), `make_scene` and `generate_shapes`.
 
@@ -11,7 +11,6 @@ Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docs
 w, h: those are shares, 0 to 1, of the padded square.
 """
 
-import functools
 import gzip
 import io
 import itertools
@@ -385,6 +384,14 @@ class GroundingDataset(torch.utils.data.Dataset):
         return {**item, "box": box, "object": ids, "index": index}
 
 
+def batches(dataset, batch_size, workers=0, train=False):
+    """A DataLoader: batches are dicts with the names of the items, tensors [B, ...] and a list of str.
+    train: in random order, the incomplete last one left out."""
+    drop_last = train and len(dataset) > batch_size
+    loader = torch.utils.data.DataLoader
+    return loader(dataset, batch_size, train, num_workers=workers, drop_last=drop_last)
+
+
 def cut_to_longest(tokens, multiple=4):
     """Tokens [B, 77] -> [B, T]: T is the length of the longest text, rounded up to a multiple (few
     different lengths: CPU kernels are built anew for each). The end token is a row's largest id."""
@@ -392,30 +399,10 @@ def cut_to_longest(tokens, multiple=4):
     return tokens[:, : math.ceil(longest / multiple) * multiple]
 
 
-def collate(items, tokenize):
-    """Items of a GroundingDataset -> a batch, a dict with the same names: image [B, 3, S, S], padding
-    [B, S, S], box [B, 4], object [B, 2], index [B], text list of str; and tokens int64 [B, T], cut to
-    the longest text. tokenize: list of str -> [B, 77]."""
-    batch = torch.utils.data.default_collate(items)
-    return {**batch, "tokens": cut_to_longest(tokenize(batch["text"]))}
-
-
-def batches(dataset, batch_size, tokenize, workers=0, train=False):
-    """A DataLoader of `collate`d batches; train: in random order, the incomplete last one left out."""
-    return torch.utils.data.DataLoader(
-        dataset,
-        batch_size,
-        shuffle=train,
-        drop_last=train and len(dataset) > batch_size,
-        num_workers=workers,
-        collate_fn=functools.partial(collate, tokenize=tokenize),
-    )
-
-
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 32_000
+TRAIN_SCENES = 27_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn

@@ -44,10 +44,11 @@ def predict(model, dataset, batch_size=64, workers=0):
     """Boxes of a whole data set, in its order: (predicted, true), each [len(dataset), 4] as cx, cy, w, h."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    loader = data.batches(dataset, batch_size, model.tokenize, workers)
+    loader = data.batches(dataset, batch_size, workers)
     found, true = [], []
     for batch in tqdm(loader, desc="  evaluating", leave=False):
-        inputs = [batch[name].to(device) for name in ("image", "tokens", "padding")]
+        tokens = data.cut_to_longest(model.tokenize(batch["text"]))
+        inputs = (each.to(device) for each in (batch["image"], tokens, batch["padding"]))
         found.append(model(*inputs).boxes.cpu())
         true.append(batch["box"])
     model.train(was_training)

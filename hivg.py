@@ -201,8 +201,10 @@ class HiVG(nn.Module):
         config = self.config
         clip.resize(config.image_size)
         sizes, depth = clip.config, clip.config.vision_layers
-        if not set(config.visual_layers) | set(config.bridge_layers) <= set(range(1, depth + 1)):
-            raise HiVGError(f"V and C have to be layers of CLIP, 1 to {depth}: {config}.")
+        chosen = (*config.visual_layers, *config.bridge_layers), config.text_layers
+        for layers, there in zip(chosen, (depth, sizes.text_layers)):
+            if not set(layers) <= set(range(1, there + 1)):
+                raise HiVGError(f"CLIP has layers 1 to {there} there, not all of {layers}.")
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip
@@ -391,10 +393,11 @@ def load_model(path):
         content = clip_model.read_weights(path)
         if content["format"] != "hivg-1":
             raise ValueError(f"its format is {content['format']}")
-        clip = CLIP(CLIPConfig(**content["clip_config"]))
         tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
-        model = HiVG(HiVGConfig(**content["config"]), clip, tokenizer)
-        model.load_state_dict(content["model"])
+        with torch.device("meta"):  # sizes that the weights do not have take no memory
+            clip = CLIP(CLIPConfig(**content["clip_config"]))
+            model = HiVG(HiVGConfig(**content["config"]), clip, tokenizer)
+        model.load_state_dict(content["model"], assign=True)
         model.enter_stage(model.config.stage)  # folds the frozen pairs that were just read
     return model, content
 

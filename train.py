@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import clip_model
 import data
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, load_clip, replacing, save_clip
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, explaining, replacing
 from evaluate import evaluate, evaluate_splits, exit_with, pick_device
 from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, grid_positions, load_model, losses, save_checkpoint
 
@@ -50,18 +50,25 @@ class Preset(NamedTuple):
     model: dict = {}
 
 
-SMALL = dict(bridge_layers=(2, 3), grounding_layers=3, heads=4, feedforward=256, region_width=256)
 SHAPES = Preset(
     epochs=(3, 1, 1, 1),
-    rates=(1.2e-3, 6e-4, 5e-4, 4e-4),
-    batches=(96,) * 4,
+    rates=(1e-3, 5e-4, 4e-4, 3.5e-4),
+    batches=(64,) * 4,
     betas=(0.9, 0.98),
-    model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
+    model=dict(
+        bridge_layers=(2, 3),
+        grounding_layers=3,
+        heads=4,
+        feedforward=256,
+        region_width=256,
+        dropout=0.0,
+        lora_dropout=0.0,
+    ),
 )
 PRESETS = {
     "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),
     "shapes": SHAPES,
-    "shapes-long": SHAPES._replace(epochs=(60, 20, 20, 20)),
+    "shapes-long": SHAPES._replace(epochs=(15, 5, 5, 5)),
 }
 TEXT_LAYERS = {  # the f^i that the bridges read; the last one for the data sets not named
     "refcoco+": (6, 12),
@@ -78,7 +85,9 @@ PARTS = {  # of the model, by the names of their parameters: the first that matc
 }
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
-WARMUP_STEPS = 200  # of a stage, in which the rate rises to its top (D4)
+WARMUP_STEPS = (
+    200  # in which the rate rises to its top, or a tenth of the stage if that is less (D4)
+)
 
 SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
     80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
@@ -171,7 +180,7 @@ def shapes_clip(folder, seed, device, context):
         if step % 20 == 0:
             right = (logits.argmax(dim=1) == target).float().mean()
             bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
-    save_clip(clip, path)
+    clip_model.save_clip(clip, path)
     return path
 
 
@@ -206,9 +215,10 @@ def train_epoch(model, loader, optimizer, rates, weights, context, title):
     model.train()
     total = dict.fromkeys(weights, 0.0)
     bar = tqdm(loader, title, leave=False)
-    names = ("image", "tokens", "padding", "box", "object")
+    names = ("image", "padding", "box", "object")
     for step, (batch, learning_rate) in enumerate(zip(bar, rates, strict=True)):
-        images, tokens, padding, boxes, objects = (batch[name].to(device) for name in names)
+        images, padding, boxes, objects = (batch[name].to(device) for name in names)
+        tokens = data.cut_to_longest(model.tokenize(batch["text"])).to(device)
         with context():
             output = model(images, tokens, padding, for_losses=True)
         parts = losses(output, boxes, objects, model.clip.logit_scale)
@@ -236,7 +246,7 @@ def start(args, device, context):
     clip_path = args.clip or "ViT-B/16"
     if args.dataset == "shapes" and not args.clip:
         clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
-    clip = load_clip(str(clip_path))
+    clip = clip_model.load_clip(str(clip_path))
     tokenizer = tokenizer_for(clip_path, clip.config.vocab_size)
     torch.manual_seed(args.seed)
     counted = TEXT_LAYERS.get(args.dataset, (12,))  # as if there were twelve
@@ -252,8 +262,9 @@ def run(args):
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
         model, content = load_model(last)
-        args = argparse.Namespace(**content["settings"] | {"resume": True})
-        progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
+        with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
+            args = argparse.Namespace(**content["settings"] | {"resume": True})
+            progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
     elif last.exists():
         raise HiVGError(
             f"{last} is of an earlier run: give --resume to go on, or another --output."
@@ -303,7 +314,7 @@ def run(args):
             if epoch >= 0:
                 set_seed(args.seed, stage, epoch)
                 train_set.set_epoch(args.seed, stage, epoch)
-                loader = data.batches(train_set, batch_size, model.tokenize, args.workers, True)
+                loader = data.batches(train_set, batch_size, args.workers, train=True)
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]
                 title = f"stage {stage}, epoch {epoch}"
@@ -330,6 +341,17 @@ def run(args):
     evaluate_splits(model, best, args.dataset, tested, args.data_root, output, args.workers)
 
 
+def at_least(low):
+    """argparse's type of a whole number from `low` on."""
+
+    def number(text):
+        if int(text) < low:
+            raise ValueError
+        return int(text)
+
+    return number
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
@@ -337,21 +359,25 @@ def main():
     add("--dataset", required=True, help="shapes, refcoco, refcoco+, refcocog, refcocog-google")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
-    add("--image-size", type=int, help="side of the padded square in pixels (default: CLIP's own)")
+    add(
+        "--image-size",
+        type=at_least(1),
+        help="side of the padded square in pixels (default: CLIP's own)",
+    )
     add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
     # what is trained, and how long: one value for all stages, or one for each of the four
     add("--preset", choices=PRESETS, help="defaults of the following (default: by data set)")
     add("--adapters", default="hilora", choices=HiVGConfig.ADAPTERS, help="of the image tower")
-    add("--epochs", type=int, nargs="+", help="of the warm-up and stages 1 to 3; 0: none")
+    add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to 3; 0: none")
     add("--lr", type=float, nargs="+", help="top learning rates")
-    add("--batch-size", type=int, nargs="+", help="expressions in a batch")
+    add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch")
     add("--select", default="val", help="split that chooses the best epoch (default: val)")
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
-    add("--seed", type=int, default=0, help="of all that is random (default: 0)")
+    add("--seed", type=at_least(0), default=0, help="of all that is random (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--workers", type=int, help="processes that read photographs (default: 8 at most)")
+    add("--workers", type=at_least(0), help="processes that read photographs (default: 8 at most)")
     args = parser.parse_args()
     shapes = args.dataset == "shapes"
     args.preset = args.preset or ("shapes" if shapes else "base")

@@ -396,16 +396,17 @@ def test_a_broken_pickle_is_told(tmp_path, content):
         GroundingDataset("refcoco", "train", tmp_path, 64)
 
 
-def test_collate(refer, tokenizer):
+def test_batches(refer, tokenizer):
     """A batch has the items in order; tokens are cut to the longest text, rounded up."""
     train = GroundingDataset("refcoco", "train", refer, 64)
-    batch = data.collate([train[2], train[0]], tokenizer)
+    (batch,) = data.batches(torch.utils.data.Subset(train, [2, 0]), 8, workers=1)
     assert batch["text"] == ["out", "the red café"] and batch["index"].tolist() == [2, 0]
     assert batch["image"].shape == (2, 3, 64, 64) and batch["padding"].dtype == torch.bool
     whole = tokenizer(batch["text"])
-    length = batch["tokens"].shape[1]
+    tokens = data.cut_to_longest(whole)
+    length = tokens.shape[1]
     assert length % 4 == 0 and 0 <= length - (whole != 0).sum(dim=1).max() < 4
-    assert torch.equal(batch["tokens"], whole[:, :length])
+    assert torch.equal(tokens, whole[:, :length])
     assert batch["object"].tolist() == [[2, 102], [1, 101]]
 
 

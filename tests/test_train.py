@@ -364,6 +364,24 @@ def test_bad_input_of_train_is_one_sentence(
     assert says in code and "\n" not in code
 
 
+def test_a_broken_picture_in_a_worker_is_one_sentence(monkeypatch, clip_file, tmp_path):
+    """What a worker process cannot read is told as clearly, without the worker's traceback."""
+    make_refer(tmp_path, [{}, {}, {"split": "val"}])
+    (broken,) = tmp_path.rglob("*000002.jpg")
+    broken.write_bytes(broken.read_bytes()[:300])
+    line = words_of(tmp_path, clip_file, tmp_path / "run", "--workers", 1)
+    line.remove("--no-augment")
+    code = command(monkeypatch, train, *line)
+    assert code.startswith(f"error: {broken} cannot be read") and "\n" not in code
+
+
+@pytest.mark.parametrize("option", ["--seed", "--epochs", "--batch-size", "--workers"])
+def test_numbers_below_zero_are_refused(monkeypatch, refer_root, clip_file, tmp_path, option):
+    """argparse says so, with its own exit status 2, before anything is read or written."""
+    line = words_of(refer_root, clip_file, tmp_path / "run", option, "-1")
+    assert command(monkeypatch, train, *line) == 2 and not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, vocabulary):
     """A checkpoint of an untrained model."""
