@@ -337,10 +337,8 @@ class GroundingDataset(torch.utils.data.Dataset):
         self.name, self.split = name, split
         self.samples, self.report = read_refer(name, split, data_root)
         if not self.samples:
-            raise HiVGError(
-                f"Split {split} of {name} in {data_root} holds no expression that can be used: "
-                f"{'; '.join(self.report)}."
-            )
+            why = "; ".join(self.report)
+            raise HiVGError(f"{name} in {data_root} has nothing usable in split {split}: {why}.")
         self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
         self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
         self.numbers = (0,)
@@ -358,10 +356,10 @@ class GroundingDataset(torch.utils.data.Dataset):
             return self.cache[sample.image]
         image = load_image(sample.image, upright=False)
         if image.size != sample.size:
-            raise HiVGError(
-                f"{sample.image} has {image.width} x {image.height} pixels, its annotations are "
-                "for {} x {}: get the original picture.".format(*sample.size)
+            sizes = "{} x {} pixels, its annotations are for {} x {}".format(
+                *image.size, *sample.size
             )
+            raise HiVGError(f"{sample.image} has {sizes}: get the original picture.")
         if self.augment:
             rng = np.random.default_rng([*self.numbers, index])
             geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
@@ -402,7 +400,7 @@ def cut_to_longest(tokens, multiple=4):
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 27_000
+TRAIN_SCENES = 20_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
@@ -497,11 +495,8 @@ def arrange(rng, count):
         if tries % (15 * count) == 0:  # a scene that does not come out is begun again
             shapes, room = [], []
         tries += 1
-        size, colour, kind = (
-            rng.choice(("small", "big", "big")),
-            rng.choice(colours),
-            rng.choice(kinds),
-        )
+        size = rng.choice(("small", "big", "big"))
+        colour, kind = rng.choice(colours), rng.choice(kinds)
         side = 2 * SIDE * rng.uniform(*SIZES[size])
         w, h = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
         x, y = rng.randint(2, 2 * SIDE - 2 - w), rng.randint(2, 2 * SIDE - 2 - h)

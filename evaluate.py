@@ -150,9 +150,8 @@ def exit_with(job, args):
     try:
         job(args)
     except HiVGError as error:
-        sentence = (
-            str(error).rpartition("HiVGError: ")[2].strip()
-        )  # a worker sends its traceback too
+        # a worker sends its traceback too: what counts is its end
+        sentence = str(error).rpartition("HiVGError: ")[2].strip()
         sys.exit(f"error: {sentence}")
     except KeyboardInterrupt:
         sys.exit("stopped: what was finished is kept")

@@ -50,20 +50,13 @@ class Preset(NamedTuple):
     model: dict = {}
 
 
+SMALL = dict(bridge_layers=(2, 3), grounding_layers=3, heads=4, feedforward=256, region_width=256)
 SHAPES = Preset(
     epochs=(3, 1, 1, 1),
     rates=(1e-3, 5e-4, 4e-4, 3.5e-4),
     batches=(64,) * 4,
     betas=(0.9, 0.98),
-    model=dict(
-        bridge_layers=(2, 3),
-        grounding_layers=3,
-        heads=4,
-        feedforward=256,
-        region_width=256,
-        dropout=0.0,
-        lora_dropout=0.0,
-    ),
+    model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
 )
 PRESETS = {
     "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),
@@ -85,9 +78,8 @@ PARTS = {  # of the model, by the names of their parameters: the first that matc
 }
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
-WARMUP_STEPS = (
-    200  # in which the rate rises to its top, or a tenth of the stage if that is less (D4)
-)
+# the rate rises to its top in so many steps of a stage, or in a tenth of it if that is less (D4)
+WARMUP_STEPS = 200
 
 SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
     80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
@@ -190,10 +182,10 @@ def tokenizer_for(clip_path, vocab_size):
     found = next((path for path in beside if path.is_file()), None)
     tokenizer = Tokenizer(found) if found else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != vocab_size:
-        raise HiVGError(
-            f"{clip_path} was trained with {vocab_size} tokens, {found or 'the vocabulary of CLIP'} "
-            f"has {tokenizer.vocab_size}: put the right one beside it as {beside[0].name}."
+        wrong = (
+            f"{found or 'the vocabulary of CLIP'} has {tokenizer.vocab_size} tokens, {clip_path}"
         )
+        raise HiVGError(f"{wrong} {vocab_size}: put its own beside it as {beside[0].name}.")
     return tokenizer
 
 
@@ -266,9 +258,7 @@ def run(args):
             args = argparse.Namespace(**content["settings"] | {"resume": True})
             progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
     elif last.exists():
-        raise HiVGError(
-            f"{last} is of an earlier run: give --resume to go on, or another --output."
-        )
+        raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     splits = data.available_splits(args.dataset, args.data_root)
     if not args.resume:
         args.bf16 = bf16_pays(device)
@@ -284,9 +274,8 @@ def run(args):
     known = {args.select: val_set, "train": train_set}
 
     # a short account of what is going to happen
-    print(
-        f"{args.dataset} from {args.data_root} into {output}, on {device} in {'bf16' if args.bf16 else 'fp32'}"
-    )
+    precision = "bf16" if args.bf16 else "fp32"
+    print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
     source = data.DATASETS[args.dataset]
     for split, published in zip_longest(source.splits.split(), source.counts):
         there = known.get(split) or (read(split) if split in splits else None)
@@ -359,11 +348,7 @@ def main():
     add("--dataset", required=True, help="shapes, refcoco, refcoco+, refcocog, refcocog-google")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
-    add(
-        "--image-size",
-        type=at_least(1),
-        help="side of the padded square in pixels (default: CLIP's own)",
-    )
+    add("--image-size", type=at_least(1), help="side of the square in pixels (default: CLIP's)")
     add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
     # what is trained, and how long: one value for all stages, or one for each of the four
     add("--preset", choices=PRESETS, help="defaults of the following (default: by data set)")
