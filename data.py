@@ -334,7 +334,7 @@ class GroundingDataset(torch.utils.data.Dataset):
     def __init__(
         self, name, split, data_root, image_size=224, augment=False, cache=False, mean=MEAN, std=STD
     ):
-        self.name, self.split = name, split
+        self.split = split
         self.samples, self.report = read_refer(name, split, data_root)
         if not self.samples:
             why = "; ".join(self.report)
@@ -400,14 +400,13 @@ def cut_to_longest(tokens, multiple=4):
 # ------------------------------------------------------------------------------ the shapes data set
 
 SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-TRAIN_SCENES = 20_000
 CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
 EVERYTHING = ("relation", "place", "attributes")
 SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (TRAIN_SCENES, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
+    "train": (24_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]

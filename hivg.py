@@ -27,7 +27,6 @@ LARGE = {  # V and C of ViT-L/14 and ViT-L/14@336px, by depth and image side
     (24, 224): ((6, 12, 18, 24), (5, 11, 17, 23)),
     (24, 336): ((12, 16, 20, 24), (12, 16, 20, 24)),
 }
-STAGES = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up (stage 0)
 TINY = 1e-16  # smaller areas count as none; its square is still a float32, so gradients stay finite
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
 
@@ -51,7 +50,7 @@ class HiVGConfig:
     region_width: int = 3072  # hidden width of the RTCC head
     dropout: float = 0.1
     adapters: str = "hilora"  # one of ADAPTERS
-    groups: int = STAGES
+    groups: int = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up
     rank: int = 32
     alpha: float = 16
     lora_dropout: float = 0.1
