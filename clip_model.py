@@ -222,9 +222,9 @@ class Attention(nn.Module):
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, causal=False):  # [B, N, d] -> [B, N, d]
+    def forward(self, x, mask=None, causal=False):  # [B, N, d] -> [B, N, d]
         q, k, v = self.in_proj(x).chunk(3, dim=-1)
-        return self.out_proj(attend(q, k, v, self.heads, causal=causal))
+        return self.out_proj(attend(q, k, v, self.heads, mask, causal))
 
 
 class Block(nn.Module):

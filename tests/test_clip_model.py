@@ -157,14 +157,15 @@ def test_clip_equals_transformers():
 
 
 def test_attention_equals_torch():
-    """Attention with CLIP's fused matrix equals torch's nn.MultiheadAttention, plain and causal."""
+    """Attention with CLIP's fused matrix, masked, equals torch's nn.MultiheadAttention."""
     ours = shake(clip_model.Attention(48, 4)).eval()
     theirs = torch.nn.MultiheadAttention(48, 4, batch_first=True).eval()
     state = {name.replace("in_proj.", "in_proj_"): p for name, p in ours.state_dict().items()}
     theirs.load_state_dict(state)
-    x = torch.randn(3, 9, 48)
-    expected = theirs(x, x, x, need_weights=False)[0]
-    torch.testing.assert_close(ours(x), expected, atol=1e-5, rtol=0)
+    x, padding = torch.randn(3, 9, 48), torch.zeros(3, 9, dtype=torch.bool)
+    padding[1, 5:], padding[2, 2:4] = True, True
+    expected = theirs(x, x, x, key_padding_mask=padding, need_weights=False)[0]
+    torch.testing.assert_close(ours(x, ~padding[:, None, None, :]), expected, atol=1e-5, rtol=0)
     causal = torch.ones(9, 9).triu(1).bool()
     expected = theirs(x, x, x, attn_mask=causal, need_weights=False)[0]
     torch.testing.assert_close(ours(x, causal=True), expected, atol=1e-5, rtol=0)
