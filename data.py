@@ -292,7 +292,7 @@ def read_refer(name, split, data_root):
             fields = {"folder": source.folder, "name": picture["file_name"], "id": ids[1]}
             places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES]
             size = width, height = int(picture["width"]), int(picture["height"])
-            x, y, w, h = map(float, boxes[ref["ann_id"]])
+            x, y, w, h = map(float, boxes[ref["ann_id"]])  # fractions are kept (D12)
             box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
             if not math.isfinite(x + y + w + h) or box[0] >= box[2] or box[1] >= box[3]:
                 flat.append(str(ref["ref_id"]))

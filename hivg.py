@@ -347,10 +347,10 @@ def region_targets(boxes, side):
 
 
 def losses(output, boxes, objects, logit_scale, beta=0.0):
-    """The poster's losses (README, Losses; D7), means over the batch, not yet weighted (LOSS_WEIGHTS).
+    """The poster's losses (README, Losses), means over the batch, not yet weighted (LOSS_WEIGHTS).
 
     output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B, 2]: (image, object); logit_scale: CLIP's, as
-    stored. beta 0: smooth-L1 is plain L1 (D2). Returns a dict of scalars.
+    stored. beta 0: smooth-L1 is plain L1 (D2). There is no mask loss (D7). Returns a dict of scalars.
     """
     giou = generalized_box_iou(cxcywh_to_xyxy(output.boxes), cxcywh_to_xyxy(boxes))
     targets = region_targets(boxes, math.isqrt(output.region_logits.shape[1]))  # [B, N]

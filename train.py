@@ -59,7 +59,7 @@ SHAPES = Preset(
     model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
 )
 PRESETS = {
-    "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),
+    "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),  # (D15)
     "shapes": SHAPES,
     "shapes-long": SHAPES._replace(epochs=(15, 5, 5, 5)),
 }
