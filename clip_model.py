@@ -327,7 +327,7 @@ class CLIP(nn.Module):
             return
         patch = self.config.patch_size
         if image_size % patch:
-            raise HiVGError(f"Image size {image_size} is no multiple of the patch side {patch}.")
+            raise HiVGError(f"Image size {image_size}: take a multiple of the patch side, {patch}.")
         old, new = self.config.image_size // patch, image_size // patch
         cls, grid = self.visual.positional_embedding.data.split([1, old * old])
         grid = grid.T.reshape(1, -1, old, old)  # [1, d, old, old]

@@ -203,7 +203,9 @@ class HiVG(nn.Module):
         chosen = (*config.visual_layers, *config.bridge_layers), config.text_layers
         for layers, there in zip(chosen, (depth, sizes.text_layers)):
             if not set(layers) <= set(range(1, there + 1)):
-                raise HiVGError(f"CLIP has layers 1 to {there} there, not all of {layers}.")
+                raise HiVGError(
+                    f"Choose among layers 1 to {there} of this CLIP: it has not all of {layers}."
+                )
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip

@@ -149,8 +149,8 @@ def shapes_clip(folder, seed, device, context):
     captions = json.loads((folder / "captions.json").read_text())
     names = np.array(list(captions))
 
-    def read(names):  # file names of scenes -> [n, 3, S, S]
-        scenes = (data.load_image(folder / "images" / name) for name in names)
+    def read(files):  # names of pictures -> [n, 3, S, S]
+        scenes = (data.load_image(folder / "images" / file) for file in files)
         return torch.stack([data.prepare(s, SHAPES_CLIP.image_size)[0] for s in scenes])
 
     SHAPES_CLIP.vocab_size = tokenizer.vocab_size
