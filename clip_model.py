@@ -12,15 +12,18 @@ Letters: B samples, N image tokens, T text tokens, d width of a tower, D joint w
 This file can be copied into another project as it is; it needs torch, ftfy, regex and tqdm.
 """
 
+import argparse
 import functools
 import gzip
 import hashlib
 import html
 import io
+import json
 import math
 import os
 import pickle
 import re
+import sys
 import urllib.request
 import zipfile
 from collections import OrderedDict
@@ -66,6 +69,17 @@ def replacing(path):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         reason = getattr(error, "strerror", None) or error
         raise HiVGError(f"{path} cannot be written ({reason}): name another place.") from error
+
+
+def exit_with(job, args):
+    """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
+    try:
+        job(args)
+    except HiVGError as error:
+        # a worker sends its traceback too: what counts is its end
+        sys.exit("error: " + str(error).rpartition("HiVGError: ")[2].strip())
+    except KeyboardInterrupt:
+        sys.exit("stopped: what was finished is kept")
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
@@ -115,9 +129,9 @@ class Tokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(vocabulary + [START, END])}
         self.symbols = {i: symbol for symbol, i in self.ids.items()}
         self.vocab_size = len(vocabulary) + 2
-        self.bpe = functools.lru_cache(maxsize=65536)(self._bpe)
+        self.ids_of = functools.lru_cache(maxsize=2**17)(lambda text: tuple(self.encode(text)))
 
-    def _bpe(self, word):
+    def bpe(self, word):
         """The symbols of one word: merge the neighbouring pair of lowest rank until none is left to merge."""
         if word in (START, END):
             return (word,)
@@ -158,7 +172,7 @@ class Tokenizer:
         texts = [texts] if isinstance(texts, str) else texts
         tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
         for row, text in zip(tokens, texts):
-            ids = [self.ids[START], *self.encode(text)][: context_length - 1] + [self.ids[END]]
+            ids = [self.ids[START], *self.ids_of(text)][: context_length - 1] + [self.ids[END]]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
 
@@ -351,6 +365,58 @@ VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
+def fetch_rest(url, part, size):
+    """One try of `download`: append to `part`, which has `size` bytes, what it lacks. Raises almost anything."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # it has more than the whole file
+            part.unlink()
+        raise
+    with reply:
+        if (reply.headers.get("Content-Type") or "").startswith("text/html"):
+            raise ValueError("it gives a web page")
+        rest = re.match(r"bytes (\d+)-\d*/(\d*)", reply.headers.get("Content-Range") or "")
+        if rest and int(rest[1]) != size:
+            raise ValueError("it gives another part than was asked for")
+        total = int((rest[2] if rest else reply.headers.get("Content-Length")) or 0)
+        known = dict(total=total or None, initial=size if rest else 0, unit="B", unit_scale=True)
+        with open(part, "ab" if rest else "wb") as file, tqdm(desc=part.stem, **known) as bar:
+            while chunk := reply.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+    if total and part.stat().st_size != total:
+        raise ValueError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
+
+
+def download(url, path, sha256=None):
+    """Fetch a file to `path`, with a bar. What a broken connection leaves is kept as path.part: the next try, or call, asks
+    for the rest. It tries again as long as that brings anything.
+
+    Raises HiVGError where the file cannot be had whole, or its sha256 is not the right one.
+    """
+    path, had = Path(path), -1
+    part = path.with_name(f"{path.name}.part")
+    missing = f"{path} is not there and {url} cannot be reached"
+    way_out = "run it again, to go on where it broke off, or put the file there by hand"
+    while True:
+        size = part.stat().st_size if part.exists() else 0
+        try:
+            with explaining(missing, way_out):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fetch_rest(url, part, size)
+            break
+        except HiVGError:
+            if size <= had:
+                raise
+            had = size
+    if sha256 and hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+        part.unlink()
+        raise HiVGError(f"{url} gave a file of a wrong sha256, thrown away: try again.")
+    part.replace(path)
+
+
 def cached(url, sha256):
     """Path of a file of `url` in $CLIP_CACHE (default ~/.cache/clip), downloaded if it is not there yet.
 
@@ -358,26 +424,10 @@ def cached(url, sha256):
     """
     folder = Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
     path = folder / url.rsplit("/", 1)[1]
-    if path.is_file():
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise HiVGError(f"{path} has a wrong sha256, it is damaged: delete it and run again.")
-        return path
-    with replacing(path) as temporary:
-        missing = f"{path} is not there and {url} cannot be reached"
-        with (
-            explaining(missing, "put the file there by hand"),
-            urllib.request.urlopen(url, timeout=30) as reply,
-            open(temporary, "wb") as file,
-        ):
-            total = int(reply.headers.get("Content-Length") or 0) or None
-            digest = hashlib.sha256()
-            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := reply.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise HiVGError(f"{url} gave a file of a wrong sha256, thrown away: try again.")
+    if not path.is_file():
+        download(url, path, sha256)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise HiVGError(f"{path} has a wrong sha256, it is damaged: delete it and run again.")
     return path
 
 
@@ -438,8 +488,28 @@ def read_archive(path):
     return dict(tensors(root))
 
 
+def read_safetensors(path):
+    """A .safetensors file: the length of a JSON header, the header, and the tensors' bytes."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > os.path.getsize(path):
+            raise ValueError("its header claims to be longer than the file")
+        header = json.loads(file.read(length))
+        content = bytearray(file.read())
+    header.pop("__metadata__", None)
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    dtypes |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
+    state = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        flat = torch.frombuffer(content[start:end], dtype=dtypes[entry["dtype"]])
+        state[name] = flat.reshape(entry["shape"])
+    return state
+
+
 def read_weights(path):
-    """What torch.load reads from `path` (plain data and tensors only), or a TorchScript archive's state dict.
+    """What torch.load reads from `path` (plain data and tensors only), a TorchScript archive's state dict, or that of a
+    .safetensors file.
 
     Raises almost anything for a damaged or hostile file: to be called within `explaining`.
     """
@@ -448,10 +518,59 @@ def read_weights(path):
             scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
         if scripted:
             return read_archive(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
+    try:  # a Namespace holds the settings of the authors' checkpoints: attributes, no code
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own words advise to load it unsafely
         raise ValueError("damaged, or it holds more than tensors and plain data") from None
+
+
+def renamed(state, table):
+    """The entries of `state` under other names: every (pattern, replacement) of the table in turn."""
+    return {
+        functools.reduce(lambda n, row: re.sub(*row, n), table, name): state[name] for name in state
+    }
+
+
+HUGGING_FACE = (  # its names, as patterns, and OpenAI's
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.(embeddings\.)?", "visual."),
+    (r"^text_model\.(embeddings\.)?", ""),
+    (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"\bencoder\.layers\b", "transformer.resblocks"),
+    (r"\bpre_layrnorm\b", "ln_pre"),
+    (r"\bpost_layernorm\b", "ln_post"),
+    (r"\bfinal_layer_norm\b", "ln_final"),
+    (r"\blayer_norm([12])\b", r"ln_\1"),
+    (r"\bself_attn\b", "attn"),
+    (r"\bmlp\.fc1\b", "mlp.c_fc"),
+    (r"\bmlp\.fc2\b", "mlp.c_proj"),
+)
+
+
+def from_hugging_face(state, alpha=16):
+    """A state dict in Hugging Face's names -> the same in OpenAI's, as parameters of CLIP.
+
+    PEFT's prefixes are cut off and its LoRA pairs folded into their matrices: W + (alpha / r) B A.
+    """
+    state = {re.sub(r"^(base_model\.model\.)+", "", name): t.float() for name, t in state.items()}
+    for name in [name for name in state if ".lora_A." in name]:
+        A, B = state.pop(name), state.pop(name.replace("lora_A", "lora_B"))
+        state[re.sub(r"lora_A\..*", "weight", name)] += alpha / len(A) * B @ A
+    state = renamed(
+        {name: t for name, t in state.items() if "position_ids" not in name}, HUGGING_FACE
+    )
+    for name in [name for name in state if ".attn.q_proj." in name]:
+        q, k, v = (
+            state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")
+        )
+        state[name.replace("q_proj", "in_proj")] = torch.cat([q, k, v])
+    return state | {name: state[name].T for name in ("visual.proj", "text_projection")}
 
 
 def config_from(state):
@@ -478,18 +597,19 @@ def config_from(state):
 def load_clip(name_or_path):
     """CLIP by name (downloaded into $CLIP_CACHE) or from a file: fp32, eval mode.
 
-    Reads OpenAI's TorchScript archives and plain state dicts in their names; sizes follow from the shapes.
-    Raises HiVGError where the file is none of these.
+    Reads OpenAI's TorchScript archives, state dicts in their names or Hugging Face's (.bin, .safetensors), and the CLIP
+    that HiVG's authors adapted, whose LoRA is folded; sizes follow from the shapes. Raises HiVGError for anything else.
     """
     path = name_or_path
     if name_or_path in RELEASED:
         address = RELEASED[name_or_path]
         path = cached(CLIP_URL + address, sha256=address.split("/")[0])
     names = ", ".join(RELEASED)
-    with explaining(
-        f"{path} is no CLIP (ViT) in OpenAI's names", f"name a file of one, or {names}"
-    ):
+    with explaining(f"{path} is no CLIP (ViT)", f"name a file of one, or {names}"):
         state = read_weights(path)
+        state = state.get("model", state)  # the authors' adapted CLIP
+        if any("vision_model." in name for name in state):
+            state = from_hugging_face({n: t for n, t in state.items() if ".cross_" not in n})
         for extra in ("input_resolution", "context_length", "vocab_size"):
             state.pop(extra, None)
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}

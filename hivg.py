@@ -11,6 +11,7 @@ the README's list of differences from the poster and from its authors' released 
 
 import io
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -21,14 +22,21 @@ import clip_model
 import lora
 from clip_model import CLIP, CLIPConfig, HiVGError, QuickGELU, Tokenizer, attend
 
-# q, k, v, which are three row blocks of one matrix, and out
-LORA_TARGETS = {"attn.in_proj": 3, "attn.out_proj": 1}
-LARGE = {  # V and C of ViT-L/14 and ViT-L/14@336px, by depth and image side
-    (24, 224): ((6, 12, 18, 24), (5, 11, 17, 23)),
-    (24, 336): ((12, 16, 20, 24), (12, 16, 20, 24)),
+TEXT_LAYERS = {  # the f^i that the bridges read, by data set in the authors' names; for others the last
+    "unc+": (6, 12),
+    "gref": tuple(range(1, 13)),
+    "gref_umd": tuple(range(1, 13)),
+    "referit": (6, 12),
 }
 TINY = 1e-16  # smaller areas count as none; its square is still a float32, so gradients stay finite
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
+
+
+def usual_layers(depth, fine):
+    """V and C, the poster's for a tower of so many layers; fine: for ViT-L/14@336px."""
+    if depth == 24:
+        return ((12, 16, 20, 24),) * 2 if fine else ((6, 12, 18, 24), (5, 11, 17, 23))
+    return (tuple(sorted({1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth})),) * 2
 
 
 @dataclass
@@ -43,26 +51,28 @@ class HiVGConfig:
     std: tuple = clip_model.STD
     visual_layers: tuple = None  # V: their outputs are the multi-level features
     bridge_layers: tuple = None  # C: they hold a bridge
-    text_layers: tuple = None  # f^i that the bridges read
+    text_layers: tuple = (
+        None  # f^i that the bridges read; (): the projected text, one for all bridges, without w
+    )
     grounding_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
     region_width: int = 3072  # hidden width of the RTCC head
     dropout: float = 0.1
     adapters: str = "hilora"  # one of ADAPTERS
+    targets: tuple = ("attn.in_proj", "attn.out_proj")  # of the pairs: q, k, v and out
     groups: int = 3  # G: HiLoRA's groups of layers, and its stages after the warm-up
     rank: int = 32
     alpha: float = 16
     lora_dropout: float = 0.1
-    stage: int = 0  # 0: warm-up, before the first LoRA pair
+    stage: int = 0  # -1: warm-up without bridges; 0: warm-up, before the first LoRA pair
+    authors: bool = False  # masks as in the authors' released checkpoints, which were trained with them (D1, D3, D14)
 
     ADAPTERS = ("hilora", "vanilla", "none")
 
     def filled(self, clip_config):
         """A copy without None: CLIP's own image size, layers V and C by its depth, its last text layer."""
-        depth = clip_config.vision_layers
-        spread = tuple(sorted({1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth}))
-        V, C = LARGE.get((depth, clip_config.image_size), (spread, spread))
+        V, C = usual_layers(clip_config.vision_layers, clip_config.image_size == 336)
         known = {"image_size": clip_config.image_size, "text_layers": (clip_config.text_layers,)}
         known |= {"visual_layers": V, "bridge_layers": C}
         return replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
@@ -131,24 +141,29 @@ class Bridge(nn.Module):
     """MACB, the multi-layer adaptive cross-modal bridge, between self-attention and MLP of a visual layer (poster, Eq. 1-3).
 
     t = concat_i [w^i * f^i + f^i] W_proj + b;   x = x + BridgeMLP(CrossAttention(LN_b(x), t))
+
+    text_layers: how many f^i there are. With none, t is made elsewhere: there are neither w nor W_proj.
     """
 
     def __init__(self, clip_config, text_layers):
         super().__init__()
         width, text_width = clip_config.vision_width, clip_config.text_width
-        self.w = nn.Parameter(torch.zeros(text_layers, clip_config.context_length, text_width))
-        self.W_proj = nn.Linear(text_layers * text_width, width)
+        if text_layers:
+            self.w = nn.Parameter(torch.zeros(text_layers, clip_config.context_length, text_width))
+            self.W_proj = nn.Linear(text_layers * text_width, width)
         self.norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, max(1, width // 64))
         self.mlp = mlp(width, 4 * width, QuickGELU())
         nn.init.zeros_(self.mlp[-1].weight)  # a fresh bridge changes nothing (D8)
         nn.init.zeros_(self.mlp[-1].bias)
 
-    def forward(self, x, features, text_padding):
-        """x [B, 1 + N, d_v], features: a list of f^i [B, T, d_t], text_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
-        w = self.w[:, : text_padding.shape[1]]  # the adaptive weights of these T positions
-        weighted = [w_i * f_i + f_i for w_i, f_i in zip(w, features)]
-        t = self.W_proj(torch.cat(weighted, dim=-1))  # [B, T, d_v]
+    def read(self, features):
+        """t, the text as this bridge sees it: features, a list of f^i [B, T, d_t] -> [B, T, d_v]."""
+        w = self.w[:, : features[0].shape[1]]  # the adaptive weights of these T positions
+        return self.W_proj(torch.cat([w_i * f_i + f_i for w_i, f_i in zip(w, features)], dim=-1))
+
+    def forward(self, x, t, text_padding):
+        """x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
         return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
 
 
@@ -212,6 +227,7 @@ class HiVG(nn.Module):
         n = len(config.text_layers)
         bridges = {str(layer): Bridge(sizes, n) for layer in config.bridge_layers}
         self.bridges = nn.ModuleDict(bridges)
+        self.mixed_proj = None if n else nn.Linear(D, d_v)  # of the text, for all bridges
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
@@ -230,14 +246,19 @@ class HiVG(nn.Module):
         self.region_mlp = mlp(D, config.region_width, QuickGELU())
         if config.adapters != "none":
             blocks = clip.visual.transformer.resblocks  # (D6)
-            lora.attach(blocks, LORA_TARGETS, config.rank, config.alpha, config.lora_dropout)
+            # q, k, v are three row blocks of one matrix
+            targets = {name: 3 if name.endswith("in_proj") else 1 for name in config.targets}
+            with clip_model.explaining("LoRA fits nowhere", "choose other --targets"):
+                lora.attach(blocks, targets, config.rank, config.alpha, config.lora_dropout)
         self.enter_stage(config.stage)
 
     def enter_stage(self, stage):
-        """Warm-up (0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA). No output changes."""
+        """Warm-up (-1: without bridges; 0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA). From
+        stage 0 on no output changes."""
         self.config.stage = stage
         self.requires_grad_(True)
         self.clip.requires_grad_(False)
+        self.bridges.requires_grad_(stage >= 0)
         groups = {"none": 0, "vanilla": 1, "hilora": self.config.groups}[self.config.adapters]
         if groups:  # vanilla LoRA is HiLoRA of one group: its only pair comes in stage 1 and is trained to the end
             lora.enter_stage(self.clip.visual.transformer.resblocks, min(stage, groups), groups)
@@ -258,10 +279,15 @@ class HiVG(nn.Module):
         Returns a Grounding; `for_losses` asks for more than the boxes.
         """
         clip, config = self.clip, self.config
+        if config.authors:  # their bridges see the padding, so all of it has to be there
+            tokens = F.pad(tokens, (0, clip.config.context_length - tokens.shape[1]))
         B, T = tokens.shape
         ends = tokens.argmax(dim=1)  # the end token has the largest id
         places = torch.arange(T, device=tokens.device)
         text_padding = places > ends[:, None]  # [B, T]; by position, since id 0 is "!" (D1)
+        bridge_padding = text_padding
+        if config.authors:
+            text_padding, bridge_padding = tokens == 0, torch.zeros_like(text_padding)
         patch_padding = self.pad_patches(padding, images)  # [B, N]
 
         # the text tower is frozen and reads no image
@@ -269,14 +295,17 @@ class HiVG(nn.Module):
             states = clip.text_states(tokens)  # f^1 ... f^12, [B, T, d_t] each
             text = clip.project_text(states[-1])  # [B, T, D]
         features = [states[i - 1] for i in config.text_layers]
+        bridges = self.bridges if config.stage >= 0 else {}
+        mixed = None if features else self.mixed_proj(text)  # [B, T, d_v]
 
         # the image tower, with LoRA in its self-attention and bridges to the text
         x = clip.visual.embed(images)  # [B, 1 + N, d_v]
         levels = []
         for number, block in enumerate(clip.visual.transformer.resblocks, start=1):
             x = x + block.attn(block.ln_1(x))
-            if str(number) in self.bridges:
-                x = self.bridges[str(number)](x, features, text_padding)
+            if str(number) in bridges:
+                bridge = bridges[str(number)]
+                x = bridge(x, bridge.read(features) if features else mixed, bridge_padding)
             x = x + block.mlp(block.ln_2(x))
             if number in config.visual_layers:
                 levels.append(x)
@@ -312,6 +341,11 @@ class HiVG(nn.Module):
         B, g = len(images), self.grid
         if padding is None:
             return torch.zeros(B, g * g, dtype=torch.bool, device=images.device)
+        if self.config.authors:
+            shares = F.interpolate(
+                padding[:, None].float(), (g, g), mode="bilinear", antialias=True
+            )
+            return shares.flatten(1).round().bool()
         return padding.view(B, g, -1, g, images.shape[-1] // g).amin(dim=(2, 4)).flatten(1)
 
 
@@ -328,12 +362,12 @@ def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
 
 
 def contrastive_loss(image, text, scale, objects):
-    """L_CLC: CLIP's symmetric cross-entropy; samples of the same image and object are no negatives of each other.
+    """L_CLC: CLIP's symmetric cross-entropy; samples of the same object are no negatives of each other.
 
-    image, text [B, D] normalised; scale: CLIP's logit scale; objects [B, 2]: (image, object). Returns a scalar.
+    image, text [B, D] normalised; scale: CLIP's logit scale; objects [B]: a number for each object. Returns a scalar.
     """
     logits = scale * image @ text.T  # [B, B]
-    same = (objects[:, None] == objects[None]).all(dim=-1)  # [B, B]
+    same = objects[:, None] == objects[None]  # [B, B]
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
     targets = torch.arange(len(image), device=image.device)
@@ -351,7 +385,7 @@ def region_targets(boxes, side):
 def losses(output, boxes, objects, logit_scale, beta=0.0):
     """The poster's losses (README, Losses), means over the batch, not yet weighted (LOSS_WEIGHTS).
 
-    output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B, 2]: (image, object); logit_scale: CLIP's, as
+    output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B]: their numbers; logit_scale: CLIP's, as
     stored. beta 0: smooth-L1 is plain L1 (D2). There is no mask loss (D7). Returns a dict of scalars.
     """
     giou = generalized_box_iou(cxcywh_to_xyxy(output.boxes), cxcywh_to_xyxy(boxes))
@@ -387,11 +421,100 @@ def save_checkpoint(path, model, **more):
         torch.save(content, temporary)
 
 
+BRIDGE = r"^visual\.transformer\.resblocks\.(\d+)\.cross_"
+AUTHORS_NAMES = (  # of the parameters in the authors' checkpoints, as patterns, and ours
+    (BRIDGE, lambda found: f"bridges.{int(found[1]) + 1}."),  # they count layers from 0
+    (r"^(bridges\.\d+)\.attn\b", r"\1.attention"),
+    (r"^(bridges\.\d+)\.gate\b", r"\1.W_proj"),
+    (r"^(bridges\.\d+)\.adaptive_weights\b", r"\1.w"),
+    (
+        r"^(visual\.|transformer\.|token_embedding|positional_|ln_final|text_projection|logit_)",
+        r"clip.\1",
+    ),
+    (r"^vl_transformer\.encoder\.", ""),
+    (r"^(layers\.\d+)\.self_attn\b", r"\1.attention"),
+    (r"^(layers\.\d+)\.norm([12])\b", r"\1.norm_\2"),
+    (r"^(layers\.\d+)\.linear1\b", r"\1.mlp.0"),
+    (r"^(layers\.\d+)\.linear2\b", r"\1.mlp.3"),
+    (r"^bbox_embed\.layers\.(\d)\b", lambda found: f"box_head.{2 * int(found[1])}"),
+    (r"^visu_token_", "region_"),
+    (r"mlp\.fc1\b", "mlp.0"),
+    (r"mlp\.fc2\b", "mlp.3"),
+    (r"^reg_token\.weight", "reg_token"),
+    (r"^vl_pos_embed\.weight", "positions"),
+    (r"^condition_text_proj\b", "mixed_proj"),
+)
+AUTHORS_VISUAL = ("visu_proj", "ml_visual_projection")  # the second comes first
+AUTHORS_UNUSED = (
+    r"^(clip\.|ml_text_feat_perceiver|reg_pos_embed|condition_text_pos_embed|seg_conv\d)"
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def from_authors(weights, settings):
+    """HiVG from a checkpoint of the authors' released code, of any stage, with all of its LoRA folded.
+
+    weights: its state dict, settings: its args as a dict; sizes follow from the shapes. Names that fit nowhere are an error.
+    """
+    if not settings["normalize_before"]:
+        raise ValueError("its grounding encoder normalises after each part, ours before")
+    towers = {n.removeprefix("clip."): t for n, t in weights.items() if n.startswith("clip.")}
+    towers = clip_model.from_hugging_face(towers)
+    state = {n: t.float() for n, t in weights.items() if not re.match(AUTHORS_UNUSED, n)}
+    clip_config = clip_model.config_from(towers)
+    state = clip_model.renamed(towers | state, AUTHORS_NAMES)
+    # two maps with nothing between them are one
+    visu, ml = ([state.pop(f"{n}.{p}") for p in ("weight", "bias")] for n in AUTHORS_VISUAL)
+    state["visual_proj.weight"], state["visual_proj.bias"] = (
+        visu[0] @ ml[0],
+        visu[0] @ ml[1] + visu[1],
+    )
+    state["reg_token"] = state["reg_token"][0]
+    for name in [name for name in state if ".in_proj_" in name]:
+        for part, rows in zip("qkv", state.pop(name).chunk(3)):
+            state[name.replace("in_proj_", f"{part}_proj.")] = rows
+    layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("bridges.")})
+    text_layers = TEXT_LAYERS.get(settings["dataset"], (clip_config.text_layers,))
+    text_layers = () if settings["mixup_pretrain"] else text_layers
+    unused = r"mixed_proj\." if text_layers else r"bridges\.\d+\.(w|W_proj)\."
+    state = {name: t for name, t in state.items() if not re.match(unused, name)}
+    none = torch.zeros(
+        clip_config.context_length, clip_config.text_width
+    )  # w, where it was left out
+    for layer in layers if text_layers else ():
+        names = [f"bridges.{layer}.w.{i}.weight" for i in range(len(text_layers))]
+        state[f"bridges.{layer}.w"] = torch.stack([state.pop(name, none) for name in names])
+    config = HiVGConfig(
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        visual_layers=usual_layers(clip_config.vision_layers, "336" in settings["model"])[0],
+        bridge_layers=tuple(layers),
+        text_layers=text_layers,
+        grounding_layers=len(
+            [name for name in state if re.fullmatch(r"layers.*norm_1.weight", name)]
+        ),
+        heads=settings["vl_nheads"],
+        feedforward=len(state["layers.0.mlp.0.weight"]),
+        region_width=len(state["region_mlp.0.weight"]),
+        adapters="none",
+        authors=True,
+    )
+    with torch.device("meta"):
+        model = HiVG(config, CLIP(clip_config))
+    model.load_state_dict(state, assign=True)
+    return model
+
+
 def load_model(path):
-    """(HiVG in the stage it was saved in, the checkpoint's whole content). Raises HiVGError if it is no checkpoint."""
-    way_out = "name a best.pt or last.pt of train.py"
+    """(HiVG in the stage it was saved in, the checkpoint's whole content), from train.py's files or the authors'.
+
+    Raises HiVGError, naming the file, if it is none of these.
+    """
+    way_out = "name a best.pt or last.pt of train.py, or a checkpoint of HiVG's authors"
     with clip_model.explaining(f"{path} is no checkpoint of HiVG", way_out):
         content = clip_model.read_weights(path)
+        if "vl_pos_embed.weight" in content.get("model", {}):
+            return from_authors(content["model"], vars(content["args"])), content
         if content["format"] != "hivg-1":
             raise ValueError(f"its format is {content['format']}")
         tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))

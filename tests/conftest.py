@@ -89,6 +89,42 @@ def tiny_clip(seed=0, vocab_size=512 + 7 + 2, **sizes):
     return shake(CLIP(CLIPConfig(**defaults | sizes)), seed=seed).eval()
 
 
+def hugging_face_state(clip):
+    """A CLIP's weights under transformers' names."""
+    state = {"logit_scale": clip.logit_scale}
+    state["visual_projection.weight"] = clip.visual.proj.T
+    state["text_projection.weight"] = clip.text_projection.T
+    vision, text = "vision_model.", "text_model."
+    state[vision + "embeddings.class_embedding"] = clip.visual.class_embedding
+    state[vision + "embeddings.patch_embedding.weight"] = clip.visual.conv1.weight
+    state[vision + "embeddings.position_embedding.weight"] = clip.visual.positional_embedding
+    state[text + "embeddings.token_embedding.weight"] = clip.token_embedding.weight
+    state[text + "embeddings.position_embedding.weight"] = clip.positional_embedding
+    modules = {
+        vision + "pre_layrnorm": clip.visual.ln_pre,
+        vision + "post_layernorm": clip.visual.ln_post,
+        text + "final_layer_norm": clip.ln_final,
+    }
+    for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
+        for i, block in enumerate(blocks.resblocks):
+            prefix = f"{tower}encoder.layers.{i}."
+            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = (
+                block.ln_1,
+                block.ln_2,
+            )
+            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = (
+                block.mlp.c_fc,
+                block.mlp.c_proj,
+            )
+            modules[prefix + "self_attn.out_proj"] = block.attn.out_proj
+            for kind in ("weight", "bias"):
+                for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
+                    state[f"{prefix}self_attn.{name}_proj.{kind}"] = part
+    for name, module in modules.items():
+        state[name + ".weight"], state[name + ".bias"] = module.weight, module.bias
+    return state
+
+
 def tiny_model(tokenizer, stage=0, seed=0, **settings):
     """HiVG around the tiny CLIP in the given stage, eval mode: no parameter is zero, but for the B
     matrices of the newest pairs and the adaptive weights w of a fresh model."""

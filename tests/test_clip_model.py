@@ -1,5 +1,6 @@
 """clip_model.py: tokenizer and towers against other implementations, and files from outside."""
 
+import copy
 import hashlib
 import io
 import json
@@ -70,9 +71,12 @@ def test_a_broken_vocabulary_is_told(tmp_path, content):
 # -------------------------------------------------------------------------------------------- towers
 
 
-@pytest.mark.parametrize("name", ["clip_tiny.pt", "clip_tiny_state_dict.pt"])
+CLIP_FILES = ("clip_tiny.pt", "clip_tiny_state_dict.pt", "clip_tiny_huggingface.bin")
+
+
+@pytest.mark.parametrize("name", CLIP_FILES)
 def test_features_equal_golden(shared, name):
-    """OpenAI's archive and the plain state dict, read from disk, give OpenAI's own features."""
+    """OpenAI's archive, the plain state dict and Hugging Face's give OpenAI's own features."""
     clip = load_clip(str(shared / "golden" / name))
     golden = torch.load(shared / "golden/clip_tiny_golden.pt", weights_only=True)
     assert not clip.training and {p.dtype for p in clip.parameters()} == {torch.float32}
@@ -88,47 +92,21 @@ def test_features_equal_golden(shared, name):
         close(torch.stack(clip.text_states(tokens)), golden["text_hidden_states"][1:])
 
 
-def hugging_face_state(clip):
-    """A CLIP's weights under transformers' names."""
-    state = {"logit_scale": clip.logit_scale}
-    state["visual_projection.weight"] = clip.visual.proj.T
-    state["text_projection.weight"] = clip.text_projection.T
-    vision, text = "vision_model.", "text_model."
-    state[vision + "embeddings.class_embedding"] = clip.visual.class_embedding
-    state[vision + "embeddings.patch_embedding.weight"] = clip.visual.conv1.weight
-    state[vision + "embeddings.position_embedding.weight"] = clip.visual.positional_embedding
-    state[text + "embeddings.token_embedding.weight"] = clip.token_embedding.weight
-    state[text + "embeddings.position_embedding.weight"] = clip.positional_embedding
-    modules = {
-        vision + "pre_layrnorm": clip.visual.ln_pre,
-        vision + "post_layernorm": clip.visual.ln_post,
-        text + "final_layer_norm": clip.ln_final,
-    }
-    for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
-        for i, block in enumerate(blocks.resblocks):
-            prefix = f"{tower}encoder.layers.{i}."
-            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = (
-                block.ln_1,
-                block.ln_2,
-            )
-            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = (
-                block.mlp.c_fc,
-                block.mlp.c_proj,
-            )
-            modules[prefix + "self_attn.out_proj"] = block.attn.out_proj
-            for kind in ("weight", "bias"):
-                for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
-                    state[f"{prefix}self_attn.{name}_proj.{kind}"] = part
-    for name, module in modules.items():
-        state[name + ".weight"], state[name + ".bias"] = module.weight, module.bias
-    return state
+def test_the_adapted_clip_equals_golden(shared):
+    """The authors' adapted CLIP, its LoRA of both towers folded, gives the golden features."""
+    clip = load_clip(shared / "golden/debiased_clip_tiny.pth")
+    names = ("clip_tiny_golden.pt", "debiased_clip_tiny_golden.pt")
+    inputs, golden = (torch.load(shared / "golden" / n, weights_only=True) for n in names)
+    with torch.no_grad():
+        found = clip.encode_image(inputs["images"]), clip.encode_text(inputs["token_ids"])
+    expected = golden["image_features"], golden["text_features"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
-def test_clip_equals_transformers():
-    """Random weights give the image and text features, and logits, of transformers' CLIPModel."""
+@pytest.fixture(scope="module")
+def their_clip():
+    """transformers' CLIPModel with random weights, biases and layer norms among them."""
     transformers = pytest.importorskip("transformers")
-    sizes = dict(vision_width=128, patch_size=8, image_size=40, vision_layers=2, text_layers=2)
-    clip = tiny_clip(embed_dim=48, context_length=20, **sizes)
     common = dict(num_hidden_layers=2, hidden_act="quick_gelu", layer_norm_eps=1e-5)
     vision = dict(hidden_size=128, intermediate_size=512, num_attention_heads=2, patch_size=8)
     text = dict(hidden_size=64, intermediate_size=256, num_attention_heads=1, vocab_size=521)
@@ -138,22 +116,71 @@ def test_clip_equals_transformers():
         text_config=text | common,
         projection_dim=48,
     )
-    theirs = transformers.CLIPModel(config).eval()
-    missing = theirs.load_state_dict(hugging_face_state(clip), strict=False)
-    assert not missing.unexpected_keys
-    assert all(name.endswith("position_ids") for name in missing.missing_keys)
+    return shake(transformers.CLIPModel(config)).eval()
+
+
+@pytest.mark.parametrize("ending", [".bin", ".safetensors"])
+def test_clip_equals_transformers(tmp_path, their_clip, ending):
+    """transformers' CLIPModel, saved in its own names, is read and gives its features and logits."""
+    path = tmp_path / f"model{ending}"
+    state = their_clip.state_dict()
+    if ending == ".bin":
+        torch.save(state, path)
+    else:
+        pytest.importorskip("safetensors.torch").save_file(
+            {name: t.contiguous() for name, t in state.items()}, path, {"format": "pt"}
+        )
+    clip = load_clip(path)
     torch.manual_seed(1)
     images, tokens = torch.randn(3, 3, 40, 40), torch.randint(0, 519, (2, 20))
     tokens[0, 5], tokens[1, 19] = 520, 520
     tokens[0, 6:] = 0
     with torch.no_grad():
-        out = theirs(input_ids=tokens, pixel_values=images)
+        out = their_clip(input_ids=tokens, pixel_values=images)
         image, text = clip.encode_image(images), clip.encode_text(tokens)
         logits = clip(images, tokens)
     image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
     torch.testing.assert_close(image, out.image_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(text, out.text_embeds, atol=1e-5, rtol=0)
     torch.testing.assert_close(logits, out.logits_per_image, atol=1e-4, rtol=0)
+
+
+def test_an_adapted_clip_equals_peft(tmp_path, their_clip):
+    """CLIP with LoRA by PEFT, in the form of the authors' adapted CLIP: folded on loading; what
+    belongs to bridges is passed over."""
+    peft = pytest.importorskip("peft")
+    targets = ["q_proj", "k_proj", "v_proj", "out_proj"]
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets)
+    adapted = peft.get_peft_model(copy.deepcopy(their_clip), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    state = {n.replace(".base_layer.", "."): t for n, t in adapted.state_dict().items()}
+    bridge = "base_model.model.vision_model.encoder.layers.0.cross_norm.weight"
+    torch.save({"model": state | {bridge: torch.ones(128)}}, tmp_path / "clip.pth")
+    clip, images = load_clip(tmp_path / "clip.pth"), torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        found, expected = clip.encode_image(images), adapted.eval().get_image_features(images)
+        expected = getattr(expected, "pooler_output", expected)  # as newer versions return it
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        plain = their_clip.get_image_features(images)
+        assert (getattr(plain, "pooler_output", plain) - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        (10**15).to_bytes(8, "little") + b"{}",
+        (2).to_bytes(8, "little") + b"[]",
+        (70).to_bytes(8, "little")
+        + b'{"vision_model.x":{"dtype":"F32","shape":[4],"data_offsets":[0,999]}}  ',
+    ],
+)
+def test_a_safetensors_file_that_lies_is_told(tmp_path, content):
+    """A header longer than the file, of another kind, or with tensors that are not there."""
+    (tmp_path / "clip.safetensors").write_bytes(content)
+    with pytest.raises(HiVGError, match="clip.safetensors"):
+        load_clip(tmp_path / "clip.safetensors")
 
 
 def test_attention_equals_torch():

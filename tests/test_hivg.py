@@ -2,12 +2,13 @@
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import shake, shake_pairs, tiny_batch, tiny_clip, tiny_model
+from conftest import hugging_face_state, shake, shake_pairs, tiny_batch, tiny_clip, tiny_model
 
 import hivg
 from clip_model import HiVGError, save_clip
@@ -104,7 +105,7 @@ def test_exactly_what_the_table_says_trains(tokenizer, stage):
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     torch.manual_seed(0)
-    boxes, objects = torch.rand(3, 4) * 0.2 + 0.4, torch.arange(6).view(3, 2)
+    boxes, objects = torch.rand(3, 4) * 0.2 + 0.4, torch.arange(3)
     for _ in range(3):
         output = model(images, tokens, padding, for_losses=True)
         parts = hivg.losses(output, boxes, objects, model.clip.logit_scale)
@@ -250,11 +251,12 @@ def test_a_bridge_equals_torch_attention(tokenizer):
     padding = torch.arange(7) > torch.tensor([[3], [6]])
     text = torch.cat([(1 + w[:7]) * f for w, f in zip(bridge.w, features)], dim=-1)
     t = bridge.W_proj(text)
+    close(bridge.read(features), t)
     normed = F.layer_norm(x, [64], bridge.norm.weight, bridge.norm.bias)
     attended = in_torch(bridge.attention)(normed, t, t, padding, need_weights=False)[0]
-    close(bridge(x, features, padding), x + bridge.mlp(attended))
+    close(bridge(x, t, padding), x + bridge.mlp(attended))
     fresh = hivg.Bridge(tiny_clip().config, 2)
-    assert len(features) == 2 and torch.equal(fresh(x, features, padding), x)
+    assert len(features) == 2 and torch.equal(fresh(x, fresh.read(features), padding), x)
 
 
 def test_a_grounding_layer_equals_torch_attention():
@@ -321,7 +323,7 @@ def test_focal_and_dice_loss_patch_by_patch():
     for extra in (0.0, 30.0):  # in the padding
         shifted = logits + extra * padding
         output = hivg.Grounding(boxes, shifted, padding, vectors, vectors)
-        parts = hivg.losses(output, boxes, torch.arange(4).view(2, 2), torch.tensor(0.0))
+        parts = hivg.losses(output, boxes, torch.arange(2), torch.tensor(0.0))
         close(parts["focal"], torch.tensor(sum(focal) / 2))
         close(parts["dice"], torch.tensor(sum(dice) / 2))
 
@@ -332,28 +334,27 @@ def test_box_loss_by_hand():
     true = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.6, 0.3, 0.4, 0.4]])
     output = hivg.Grounding(found, torch.zeros(2, 4), torch.zeros(2, 4).bool())
     output.image_vectors = output.text_vectors = torch.eye(2)
-    parts = hivg.losses(output, true, torch.arange(4).view(2, 2), torch.tensor(0.0))
+    parts = hivg.losses(output, true, torch.arange(2), torch.tensor(0.0))
     close(parts["l1"], torch.tensor((0.1 + 0.2) / 2))
     # the second pair: overlap 0.3 x 0.2, union 0.26, hull 0.5 x 0.6
     giou = 0.06 / 0.26 - (0.3 - 0.26) / 0.3
     close(parts["giou"], torch.tensor((1 - giou) / 2))
-    smooth = hivg.losses(output, true, torch.arange(4).view(2, 2), torch.tensor(0.0), beta=1.0)
+    smooth = hivg.losses(output, true, torch.arange(2), torch.tensor(0.0), beta=1.0)
     close(smooth["l1"], torch.tensor((0.1**2 / 2 + 0.2**2 / 2) / 2))
 
 
 def test_contrastive_loss_row_by_row():
-    """It equals a loop over rows and columns in which samples of the same image and object are no
-    negatives of each other, but two objects of one image are."""
+    """It equals a loop over rows and columns in which samples of the same object are no negatives."""
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(4, 8), dim=-1) for _ in range(2))
-    objects = torch.tensor([[7, 1], [7, 1], [7, 2], [8, 1]])
+    objects = torch.tensor([7, 7, 2, 8])
     total = 0.0
     for a, b in ((image, text), (text, image)):
         for i in range(4):
             exponents = {
                 j: math.exp(5 * float(a[i] @ b[j]))
                 for j in range(4)
-                if i == j or objects[i].tolist() != objects[j].tolist()
+                if i == j or objects[i] != objects[j]
             }
             assert len(exponents) == (3 if i < 2 else 4)
             total -= math.log(exponents[i] / sum(exponents.values()))
@@ -420,3 +421,153 @@ def test_text_is_read_by_the_frozen_tower_alone(tokenizer):
     assert all(p.grad is None for p in model.clip.transformer.parameters())
     with pytest.raises(HiVGError, match="99"):
         HiVG(replace(model.config, bridge_layers=(1, 99)), tiny_clip(), tokenizer)
+
+
+# -------------------------------------------------------------------- the authors' released checkpoints
+
+
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_the_authors_checkpoints_equal_golden(shared, name):
+    """Boxes, region logits and the grounding encoder's padding are the released code's, one at a
+    time and as a batch, and however much padding the tokens come with."""
+    model = load_checkpoint(shared / f"golden/official_{name}_checkpoint.pth")
+    golden = torch.load(shared / f"golden/official_{name}_golden.pt", weights_only=True)
+    golden = golden.get("inputs", golden) | golden.get("outputs", golden)
+    images, tokens, masks = golden["images"], golden["token_ids"], golden["masks"].bool()
+    with torch.no_grad():
+        together = model(images, tokens, masks, for_losses=True)
+        alone = [
+            model(i[None], t[None, :40], m[None]).boxes for i, t, m in zip(images, tokens, masks)
+        ]
+    close(together.boxes, golden["pred_boxes"], 1e-4)
+    close(torch.cat(alone), golden["pred_boxes"], 1e-4)
+    close(together.region_logits, golden["visu_token_similarity"], 1e-4)
+    assert model.config.mean == (0.485, 0.456, 0.406) and not model.training
+
+
+def in_authors_names(model, stage, settings):
+    """What the released code would save of `model`: its weights under the authors' names, each
+    matrix that has LoRA there split in a matrix and a pair, and leftovers that nothing uses."""
+    clip, state = hugging_face_state(model.clip), {}
+    for number, bridge in model.bridges.items():
+        prefix = f"vision_model.encoder.layers.{int(number) - 1}.cross_"
+        parts = {"norm": bridge.norm, "mlp.fc1": bridge.mlp[0], "mlp.fc2": bridge.mlp[3]}
+        parts |= {
+            f"attn.{k}_proj": getattr(bridge.attention, f"{k}_proj") for k in ("q", "k", "v", "out")
+        }
+        parts["gate"] = getattr(bridge, "W_proj", torch.nn.Linear(64, 64))
+        for part, module in parts.items():
+            clip |= {f"{prefix}{part}.{n}": t for n, t in module.state_dict().items()}
+        if settings["enable_adaptive_weights"]:
+            for i, w in enumerate(getattr(bridge, "w", torch.ones(1, 77, 64))):
+                clip[f"{prefix}adaptive_weights.{i}.weight"] = w
+    for name in [name for name in clip if "_proj.weight" in name and "attn" in name]:
+        A, B = torch.randn(8, clip[name].shape[1]), torch.randn(len(clip[name]), 8) * 0.1
+        clip[name] = clip[name] - 16 / 8 * B @ A
+        for letter, matrix in zip("AB", (A, B)):
+            clip[name.replace("weight", f"lora_{letter}.default.weight")] = matrix
+    clip["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    state = {"clip." + "base_model.model." * (stage + 1) + n: t for n, t in clip.items()}
+    D = model.config.region_width
+    first = torch.randn(D, D) + 3 * torch.eye(D)  # visual_proj is two maps there
+    state["visu_proj.weight"], state["visu_proj.bias"] = first, torch.ones(D)
+    inverse = torch.linalg.inv(first)
+    state["ml_visual_projection.weight"] = inverse @ model.visual_proj.weight
+    state["ml_visual_projection.bias"] = inverse @ (model.visual_proj.bias - 1)
+    mixed = model.mixed_proj or torch.nn.Linear(64, 64)
+    modules = {"text_proj": model.text_proj, "condition_text_proj": mixed}
+    modules |= {"visu_token_norm": model.region_norm, "vl_transformer.encoder.norm": model.norm}
+    modules |= {f"visu_token_mlp.fc{i}": model.region_mlp[3 * i - 3] for i in (1, 2)}
+    modules |= {f"bbox_embed.layers.{i}": model.box_head[2 * i] for i in range(3)}
+    for i, layer in enumerate(model.layers):
+        prefix = f"vl_transformer.encoder.layers.{i}."
+        modules |= {prefix + "norm1": layer.norm_1, prefix + "norm2": layer.norm_2}
+        modules |= {prefix + "linear1": layer.mlp[0], prefix + "linear2": layer.mlp[3]}
+        modules[prefix + "self_attn.out_proj"] = layer.attention.out_proj
+        for kind in ("weight", "bias"):
+            rows = [getattr(getattr(layer.attention, f"{k}_proj"), kind) for k in "qkv"]
+            state[f"{prefix}self_attn.in_proj_{kind}"] = torch.cat(rows)
+    for name, module in modules.items():
+        state |= {f"{name}.{n}": t for n, t in module.state_dict().items()}
+    state |= {"reg_token.weight": model.reg_token[None], "vl_pos_embed.weight": model.positions}
+    for name in ("ml_text_feat_perceiver.bias", "reg_pos_embed.weight", "seg_conv2.weight"):
+        state[name] = torch.zeros(3)
+    args = Namespace(model="ViT-B/16", vl_nheads=4, normalize_before=True, imsize=64, **settings)
+    content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": -1, "val_accu": 0.5}
+    return {k: v for k, v in content.items()} | {"args": args}
+
+
+@pytest.mark.parametrize(
+    "stage, dataset, mixed, adaptive, changes",
+    [
+        (0, "unc", False, True, {"text_layers": (12,)}),
+        (1, "unc+", False, True, {"text_layers": (6, 12)}),
+        (3, "gref_umd", False, False, {"text_layers": tuple(range(1, 13))}),
+        (2, "mixup", True, True, {"text_layers": ()}),
+        (0, "referit", False, True, {"text_layers": (6, 12), "bridge_layers": ()}),
+        (2, "unc", False, True, {"text_layers": (12,), "vision_layers": 24}),
+    ],
+)
+def test_checkpoints_in_the_authors_names(
+    tmp_path, tokenizer, stage, dataset, mixed, adaptive, changes
+):
+    """Any stage, any data set, mixed or not, with or without bridges and w, both depths: the boxes
+    of the model whose weights were written, found by rule from names, shapes and args."""
+    depth = changes.pop("vision_layers", 6)
+    clip = tiny_clip(vision_layers=depth, text_layers=12)
+    sizes = dict(grounding_layers=2, heads=4, feedforward=64, region_width=64, adapters="none")
+    config = HiVGConfig(**sizes, **changes, authors=True)
+    torch.manual_seed(1)
+    model = shake(HiVG(config, clip, tokenizer)).eval()
+    for bridge in model.bridges.values():
+        shake(bridge.mlp, 0.1)
+        if not adaptive:
+            bridge.w.data.zero_()
+    settings = dict(dataset=dataset, mixup_pretrain=mixed, enable_adaptive_weights=adaptive)
+    content = in_authors_names(model, stage, settings)
+    torch.save(content, tmp_path / "best_checkpoint.pth")
+    again, batch = load_checkpoint(tmp_path / "best_checkpoint.pth"), tiny_batch(model)
+    assert again.config.visual_layers == ((6, 12, 18, 24) if depth == 24 else (1, 2, 4, 6))
+    before, after = model(*batch, for_losses=True), again(*batch, for_losses=True)
+    close(after.boxes, before.boxes, 1e-4)
+    close(after.region_logits, before.region_logits, 1e-3)
+    content["model"]["surprise.weight"] = torch.zeros(1)
+    torch.save(content, tmp_path / "best_checkpoint.pth")
+    with pytest.raises(HiVGError, match="best_checkpoint.pth.*surprise.weight"):
+        load_checkpoint(tmp_path / "best_checkpoint.pth")
+
+
+def test_the_authors_masks(tokenizer):
+    """As the released code: id 0 is no key, text padding is one for the bridges, a patch counts as
+    padding where the mask, resized to the grid and rounded, says so."""
+    model = tiny_model(tokenizer, authors=True)
+    images, tokens, _ = tiny_batch(model, ["blue !; one"])
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    padding[0, 38:] = True  # the third row of patches, 32 to 47, mostly
+    keys = []
+    for attention in (model.layers[0].attention, model.bridges["1"].attention):
+        attention.register_forward_pre_hook(lambda module, args: keys.append(args[3][0].tolist()))
+    model(images, tokens[:, :20], padding)
+    assert keys[1] == [False] * 2 + [False] * 8 + [True] * 8 + (tokens[0] == 0).tolist()
+    assert keys[0] == [False] * 77
+
+
+def test_the_warm_up_without_bridges(tokenizer):
+    """In stage -1 the bridges do nothing and are not trained, all else outside CLIP is; they enter
+    in stage 0 without changing a box."""
+    model = tiny_model(tokenizer)
+    without, batch = (
+        HiVG(replace(model.config, stage=-1), tiny_clip(), tokenizer).eval(),
+        tiny_batch(model),
+    )
+    before = without(*batch).boxes
+    frozen = {n.split(".")[0] for n, p in without.named_parameters() if not p.requires_grad}
+    assert frozen == {"clip", "bridges"}
+    without.enter_stage(0)
+    assert all(p.requires_grad for p in without.bridges.parameters())
+    close(without(*batch).boxes, before)
+    without.bridges.load_state_dict(model.bridges.state_dict())
+    after = without(*batch).boxes
+    assert (after - before).abs().max() > 1e-6
+    without.enter_stage(-1)
+    close(without(*batch).boxes, before, 0)
