@@ -1,16 +1,22 @@
 """What the model is fed: pictures, expressions and boxes; and a small world to learn from.
 
+    python data.py download --dataset refcoco --data-root data   # annotations and pictures, as far as they can be had
+    python data.py check --dataset refcoco --data-root data      # is all of it there, and readable?
+
 Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `to_square` and
 `to_pixels` (where a photograph lies in the model's square, there and back), `random_geometry` and
-`jitter` (training's augmentation), `DATASETS` with `read_refer` (RefCOCO's files),
-`GroundingDataset` and `batches`; and last the shapes data set, which is
+`jitter` (training's augmentation), `DATASETS` with the readers of the files they come in
+(`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the shapes data set, which is
 generated: tables of kinds, colours and words, `expression` (one sentence, proven true of exactly
-one shape), `make_scene` and `generate_shapes`.
+one shape), `make_scene` and `generate_shapes`; and last `check` and `get`, the two commands.
 
 Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
 w, h: those are shares, 0 to 1, of the padded square.
 """
 
+import argparse
+import functools
+import glob
 import gzip
 import io
 import itertools
@@ -22,7 +28,13 @@ import pickle
 import random
 import shutil
 import signal
+import tarfile
+import tempfile
+import zipfile
 from collections import Counter
+from operator import gt
+from pathlib import Path
+from stat import S_ISLNK
 from typing import NamedTuple
 
 import numpy as np
@@ -30,9 +42,11 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from clip_model import MEAN, STD, HiVGError, explaining
+from clip_model import MEAN, STD, HiVGError, download, exit_with, explaining, read_weights
 
 MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
+# of a pool of processes: Ctrl-C is for the one that waits for them
+QUIET = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
 # ---------------------------------------------------------------------------------------- pictures
 
@@ -156,7 +170,7 @@ def random_geometry(rng, size, box, text, side):
         starts, ends = [], []
         for length, low, high in zip(size, box[:2], box[2:]):
             crop = rng.integers(384, min(600, round(length * scale)) + 1) / scale
-            centre = (low + high) / 2
+            centre = min((low + high) / 2, length)  # of an unchecked box, it may lie outside
             first = max(0, centre - crop)
             start = rng.uniform(first, max(first, min(length - crop, centre)))
             starts.append(start)
@@ -175,46 +189,93 @@ def jitter(rng, image):
     return image
 
 
-# --------------------------------------------------------------------------------- RefCOCO's files
+# ------------------------------------------------------------------------------ the data sets' files
 
-
-ORIGIN = (
-    "get the annotations from https://web.archive.org/web/{0.stamp}/https://bvisionweb1.cs.unc.edu/"
-    "licheng/referit/data/{0.folder}.zip, and the pictures from "
-    "http://images.cocodataset.org/zips/train2014.zip (13.5 GB)"
+COCO = (
+    "python data.py download fetches the annotations from web.archive.org and the pictures from "
+    "images.cocodataset.org"
 )
+LISTS = "the index lists that github.com/linhuixiao/HiVG links to"
+REFERIT = (
+    "ask for the pictures of SAIAPR TC-12 at www.imageclef.org/SIAPRdata and put them into "
+    f"referit/images; take {LISTS}, referit/referit_train.pth and so on: tuples of file, size, box "
+    "x1 y1 x2 y2, phrase"
+)
+FLICKR = (
+    "ask for the pictures with the form at shannon.cs.illinois.edu/DenotationGraph and put them into "
+    f"Flickr30k/flickr30k-images; take {LISTS}, flickr/flickr_train.pth and so on: tuples of file, "
+    "box x1 y1 x2 y2, phrase; Flickr30k Entities' own XML and sentence files are not read"
+)
+MIXUP = (
+    f"take {LISTS}, mixup/mixup_train.pth and so on: tuples of file, size, box x y w h, phrase; the "
+    "pictures are those of refcoco, referit and flickr30k"
+)
+OWN = (
+    "write train.jsonl, val.jsonl and so on into the data root, with lines like "
+    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}'
+)
+SHAPES = "remove the folder shapes there, and the next run generates it anew"
+FOUR = "train val testA testB"
 
 
 class Source(NamedTuple):
-    """A data set in the layout of lichengunc/refer, DATA/folder/refs(split_by).p and so on."""
+    """A data set: what it consists of, and how its files are named, as far as it comes in them."""
 
-    folder: str
-    split_by: str
     splits: str
-    counts: tuple = ()  # published numbers of expressions, in the order of the splits
-    stamp: int = 0  # of the web archive's copy
-    origin: str = ORIGIN  # what to do when a file is missing or broken
+    counts: tuple  # published numbers of expressions, in the order of the splits, if there are any
+    pictures: str  # their kind, a key of PICTURES
+    origin: str  # where to get it
+    refer: str = ""  # path of refer's file
+    index: str = ""  # name of the index lists, which is what HiVG's authors call the data set
+    mdetr: str = ""  # name in MDETR's files
+    stamp: int = 0  # of the web archive's copy of refer's files
+
+    @property
+    def files(self):
+        """{family: path below the data root}, {} is the split; in order of preference."""
+        named = {"refer": (self.refer, "{0}"), "index": (self.index, "{0}/{0}_{{}}.pth")}
+        named |= {"mdetr": (self.mdetr, "finetune_{0}_{{}}.json")}
+        files = {family: path.format(name) for family, (name, path) in named.items() if name}
+        return files or {"own": "{}.jsonl"}
 
 
 # fmt: off
 DATASETS = {
-    "refcoco": Source(
-        "refcoco", "unc", "train val testA testB", (120_624, 10_834, 5_657, 5_095), 20220413011718),
-    "refcoco+": Source(
-        "refcoco+", "unc", "train val testA testB", (120_191, 10_758, 5_726, 4_889), 20220413011656),
-    "refcocog": Source("refcocog", "umd", "train val test", (80_512, 4_896, 9_602), 20220413012904),
-    "refcocog-google": Source("refcocog", "google", "train val", (85_474, 9_536), 20220413012904),
-    "shapes": Source("shapes", "unc", "train val testA testB",
-                     origin="remove that folder, and the next run generates it anew"),
+    "refcoco": Source(FOUR, (120_624, 10_834, 5_657, 5_095), "coco", COCO,
+                      "refcoco/refs(unc).p", "unc", "refcoco", 20220413011718),
+    "refcoco+": Source(FOUR, (120_191, 10_758, 5_726, 4_889), "coco", COCO,
+                       "refcoco+/refs(unc).p", "unc+", "refcoco+", 20220413011656),
+    "refcocog": Source("train val test", (80_512, 4_896, 9_602), "coco", COCO,
+                       "refcocog/refs(umd).p", "gref_umd", "refcocog", 20220413012904),
+    "refcocog-google": Source("train val", (85_474, 9_536), "coco", COCO,
+                              "refcocog/refs(google).p", "gref", "", 20220413012904),
+    "referit": Source("train val test", (54_127, 5_842, 60_103), "referit", REFERIT,
+                      index="referit"),
+    "flickr30k": Source("train val test", (427_193, 14_433, 14_481), "flickr", FLICKR,
+                        index="flickr"),
+    "mixup": Source(f"{FOUR} test", (), "coco", MIXUP, index="mixup"),
+    "own": Source(f"{FOUR} test", (), "own", OWN),
+    "shapes": Source(FOUR, (), "shapes", SHAPES, "shapes/refs(unc).p"),
 }
 # fmt: on
-PICTURES = (  # where a picture may lie below the data root
-    "{folder}/images/{name}",
-    "images/mscoco/images/train2014/{name}",
-    "train2014/{name}",
-    "images/train2014/{name}",
-    "train2017/{id:012d}.jpg",  # COCO 2017 has the same pictures, named by their id alone
-)
+PICTURES = {  # where a picture may lie below the data root
+    "coco": (
+        "images/mscoco/images/train2014/{name}",
+        "other/images/mscoco/images/train2014/{name}",
+        "train2014/{name}",
+        "images/train2014/{name}",
+        "train2017/{number}",  # COCO 2017 has the same pictures, named by their number alone
+    ),
+    "referit": ("referit/images/{name}", "other/images/referit/images/{name}", "referit/{name}"),
+    "flickr": (
+        "Flickr30k/flickr30k-images/{name}",
+        "Flickr30k/flickr30k_images/{name}",
+        "flickr30k/flickr30k-images/{name}",
+        "flickr30k-images/{name}",
+    ),
+    "own": ("{name}",),
+    "shapes": ("shapes/images/{name}",),
+}
 
 
 class Sample(NamedTuple):
@@ -222,11 +283,8 @@ class Sample(NamedTuple):
 
     image: str  # the picture's path
     text: str  # lower case
-    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the picture
-    ref_id: int
-    image_id: int
-    object_id: int  # the annotation's id
-    size: tuple  # width, height that the annotations say
+    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the picture where its size is known
+    size: tuple  # width, height that the annotations say; None where they don't
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -236,80 +294,211 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no plain data")
 
 
+def unpickle(file):
+    """The plain data in an open pickle of Python 3, or 2, whose strings are bytes in latin-1."""
+    return PlainUnpickler(file, encoding="latin-1").load()
+
+
 def refs_by_split(file):
-    """An open refs(...).p, as Python 2 or 3 wrote it -> {split: list of refs, which are dicts}."""
+    """An open refs(...).p -> {split: list of refs, which are dicts}."""
     splits = {}
-    for ref in PlainUnpickler(file, encoding="latin-1").load():
+    for ref in unpickle(file):
         splits.setdefault(ref["split"], []).append(ref)
     return splits
 
 
-def read_file(name, data_root, file_name, read):
-    """read(open file) of one of a data set's files. Any failure is a HiVGError that says what the
-    matter is and where to get the file. The shapes data set is generated if it is not there."""
-    if name not in DATASETS:
-        raise HiVGError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
-    source = DATASETS[name]
-    folder = os.path.join(data_root, source.folder)
-    if name == "shapes" and not os.path.exists(folder):
-        with explaining(f"{folder} cannot be made", "name another --data-root"):
-            generate_shapes(folder)
-    path = os.path.join(folder, file_name.format(source))
-    origin = source.origin.format(source)
+def index_list(file):
+    """The list in an open index file: a pickle, torch's older format, or torch's zip."""
+    try:
+        content = unpickle(file)
+        if content == torch.serialization.MAGIC_NUMBER:  # then: version, machine, the list
+            *_, content = (unpickle(file) for _ in range(3))
+        return content
+    except pickle.UnpicklingError:  # a zip, or there are tensors in it
+        return read_weights(file.name)
+
+
+def corners(box):
+    """x, y, width, height -> x1, y1, x2, y2."""
+    x, y, w, h = map(float, box)
+    return x, y, x + w, y + h
+
+
+def size_of(picture):
+    return int(picture["width"]), int(picture["height"])
+
+
+# Readers of the families give a split's entries in turn: (its name for reports or None, kind of
+# picture, picture's file, its size or None, box as x1 y1 x2 y2, list of expressions).
+
+
+def refer_entries(split, kind, refs, instances):
+    boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
+    pictures = {picture["id"]: picture for picture in instances["images"]}
+    for ref in refs.get(split, ()):
+        picture, box = pictures[ref["image_id"]], corners(boxes[ref["ann_id"]])
+        texts = [sentence["sent"] for sentence in ref["sentences"]]
+        file, size = picture["file_name"], size_of(picture)  # ref["file_name"] is no picture's
+        yield f"ref_id {ref['ref_id']}", kind, file, size, box, texts
+
+
+def index_entries(split, kind, entries):
+    for entry in entries:
+        file, *size, box, text = entry[:4]  # Flickr's have no size
+        size = size[0] if size else None
+        of = size if isinstance(size, str) and size in PICTURES else kind  # mixup's mark
+        size = size_of(size) if isinstance(size, dict) else None  # a pair may be w, h or h, w
+        yield None, of, file, size, corners(box) if kind == "coco" else box, [text]
+
+
+def mdetr_entries(split, kind, content):
+    boxes = {note["image_id"]: note["bbox"] for note in content["annotations"]}
+    for picture in content["images"]:
+        file, size, box = picture["file_name"], size_of(picture), corners(boxes[picture["id"]])
+        yield None, kind, file, size, box, [picture["caption"]]
+
+
+def own_entries(split, kind, lines):
+    for entry in map(json.loads, lines):
+        if os.path.isabs(entry["image"]) or ".." in entry["image"].split("/"):
+            raise ValueError(f"{entry['image']} is not below the data root")
+        yield None, kind, entry["image"], None, entry["box"], [entry["text"]]
+
+
+FAMILIES = {
+    "refer": (refs_by_split, refer_entries),
+    "index": (index_list, index_entries),
+    "mdetr": (json.load, mdetr_entries),
+    "own": (list, own_entries),
+}
+
+
+def read_file(path, read, origin):
+    """read(open file). Any failure is a HiVGError that says what the matter is and where to get it."""
     with explaining(f"{path} cannot be read", origin), open(path, "rb") as file:
         return read(file)
 
 
-def available_splits(name, data_root):
-    """The splits of a data set that its file really holds, in the table's order."""
-    refs = read_file(name, data_root, "refs({0.split_by}).p", refs_by_split)
-    return [split for split in DATASETS[name].splits.split() if split in refs]
+def split_files(name, data_root):
+    """{split: (family, path)} of a data set, as far as they are there, in the data root or (but for
+    own data) one folder below. The shapes data set is generated if it is not there."""
+    if name not in DATASETS:
+        raise HiVGError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    source, found, folder = DATASETS[name], {}, os.path.join(data_root, "shapes")
+    if name == "shapes" and not os.path.exists(folder):
+        with explaining(f"{folder} cannot be made", "name another --data-root"):
+            generate_shapes(folder)
+    for split, family in itertools.product(source.splits.split(), source.files):
+        path = source.files[family].format(split)
+        for place in (path,) if family == "own" else (path, f"*/{path}"):
+            for file in sorted(glob.glob(place, root_dir=data_root)):
+                found.setdefault(split, (family, os.path.join(data_root, file)))
+    return found
 
 
-def read_refer(name, split, data_root):
-    """Samples of one split in the refer layout, and notes on what was left out or changed.
-
-    Returns a list of Sample and a list of str. Raises HiVGError with one sentence for unknown names
-    and for files that are missing, broken, or do not fit together.
-    """
-    refs = read_file(name, data_root, "refs({0.split_by}).p", refs_by_split)
+def nothing_of(name, split, data_root, report=()):
+    """The error that says what was looked for, where, and where to get it."""
     source = DATASETS[name]
-    if split not in source.splits.split():
-        raise HiVGError(f"{name} has no split {split!r}: choose one of {source.splits}.")
-    folder = os.path.join(data_root, source.folder)
-    if split not in refs:
-        there = ", ".join(map(str, refs))
-        raise HiVGError(f"{folder} holds no refs of split {split!r}, only of {there}.")
-    instances = read_file(name, data_root, "instances.json", json.load)
-    samples, flat, empty, clipped = [], [], 0, 0
-    misfit, origin = f"The files in {folder} do not fit together", source.origin.format(source)
-    with explaining(misfit, origin):
-        boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
-        pictures = {picture["id"]: picture for picture in instances["images"]}
-        for ref in refs[split]:
-            ids = int(ref["ref_id"]), int(ref["image_id"]), int(ref["ann_id"])
-            picture = pictures[ref["image_id"]]
-            fields = {"folder": source.folder, "name": picture["file_name"], "id": ids[1]}
-            places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES]
-            size = width, height = int(picture["width"]), int(picture["height"])
-            x, y, w, h = map(float, boxes[ref["ann_id"]])  # fractions are kept (D12)
-            box = (max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height)))
-            if not math.isfinite(x + y + w + h) or box[0] >= box[2] or box[1] >= box[3]:
-                flat.append(str(ref["ref_id"]))
+    files = " or ".join(source.files.values()).replace("{}", split)
+    what = f"{data_root} has no expressions of {name}, split {split!r} (of {source.splits})"
+    found = "; ".join(report) or f"looked for {files}, there and one folder below"
+    if split_files(name, data_root):
+        found += f"; it has {', '.join(available_splits(name, data_root))}"
+    return HiVGError(f"{what}; {found}: {source.origin}.")
+
+
+def available_splits(name, data_root):
+    """The splits of a data set that its files really hold, in the table's order."""
+    files, origin = split_files(name, data_root), DATASETS[name].origin
+    if not files:
+        raise nothing_of(name, "train", data_root)
+    refer = {path for family, path in files.values() if family == "refer"}
+    held = set().union(*(read_file(path, refs_by_split, origin) for path in refer))
+    return [split for split, (family, _) in files.items() if family != "refer" or split in held]
+
+
+def find_picture(data_root, kind, file):
+    """The path of a picture: the first of its places where it is, or else the first."""
+    name = file if kind == "own" else os.path.basename(file)
+    fields = {"name": name, "number": name[-16:]}
+    places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES[kind]]
+    return next(filter(os.path.isfile, places), places[0])
+
+
+EMPTY, CLIPPED = "empty expressions left out", "boxes clipped to their picture"
+
+
+def read_split(name, split, data_root):
+    """What the files hold of one split: a list of Sample, whose pictures need not be there; how many
+    expressions there were before any was left out; and a Counter of what was left out or changed.
+    All of it is empty where there is no file.
+
+    Raises HiVGError with one sentence for unknown names and for files that are broken.
+    """
+    samples, found, notes = [], 0, Counter()
+    family, path = split_files(name, data_root).get(split, (None, None))
+    if family is None:
+        return samples, found, notes
+    source, (read, entries_of) = DATASETS[name], FAMILIES[family]
+    contents = [read_file(path, read, source.origin)]
+    if family == "refer":
+        beside = os.path.join(os.path.dirname(path), "instances.json")
+        contents.append(read_file(beside, json.load, source.origin))
+    entries = entries_of(split, source.pictures, *contents)
+    find = functools.cache(functools.partial(find_picture, data_root))
+    for number in itertools.count(1):
+        place = f"{'line' if family == 'own' else 'entry'} {number}"
+        with explaining(f"{path}, {place}, cannot be used", source.origin):
+            entry = next(entries, None)
+            if entry is None:
+                return samples, found, notes
+            title, kind, file, size, box, texts = entry
+            x1, y1, x2, y2 = map(float, box)  # fractions are kept (D12)
+            width, height = size or (math.inf, math.inf)
+            box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+            texts, image = [text.strip().lower() for text in texts], find(kind, file)
+            found += len(texts)
+            if not math.isfinite(x1 + y1 + x2 + y2) or box[0] >= box[2] or box[1] >= box[3]:
+                notes[f"box without area left out, {title or place}"] += 1
                 continue
-            clipped += box != (x, y, x + w, y + h)
-            path = next(filter(os.path.isfile, places), None)
-            if path is None:
-                raise HiVGError(f"there is none of {', '.join(places)}")
-            texts = [sentence["sent"].strip().lower() for sentence in ref["sentences"]]
-            samples += [Sample(path, text, box, *ids, size) for text in texts if text]
-            empty += texts.count("")
-    notes = {
-        "empty expressions left out": empty,
-        f"boxes without area left out, ref_id {', '.join(flat)}": len(flat),
-        "boxes clipped to their picture": clipped,
-    }
-    return samples, [f"{number} {note}" for note, number in notes.items() if number]
+            notes[EMPTY] += texts.count("")
+            notes[CLIPPED] += box != (x1, y1, x2, y2)
+            samples += [Sample(image, text, box, size) for text in texts if text]
+
+
+def missing_pictures(samples):
+    """The paths of their pictures that are not there."""
+    return sorted(itertools.filterfalse(os.path.isfile, {sample.image for sample in samples}))
+
+
+def read_samples(names, split, data_root):
+    """The samples of one split of several data sets, one after the other, and a report: sentences on
+    what was left out. Of train that is also what another of the sets has in its val or tests.
+
+    Several sets need not have a test split all of them. Raises HiVGError where nothing is left, or
+    a picture is missing.
+    """
+    readings = {name: read_split(name, split, data_root) for name in names}
+    tested, samples, report = {}, [], []  # tested: the pictures of each set's other splits
+    for name in names if split == "train" and len(names) > 1 else ():
+        _, *others = DATASETS[name].splits.split()
+        tested[name] = {s.image for other in others for s in read_split(name, other, data_root)[0]}
+    for name, (own, _, notes) in readings.items():
+        elsewhere = set().union(*(tested[other] for other in tested if other != name))
+        kept = [sample for sample in own if sample.image not in elsewhere]
+        if missing := missing_pictures(kept):
+            what = f"{len(missing)} pictures of {name} are missing, {missing[0]} among them"
+            where = "data.py: PICTURES has all the places looked at"
+            raise HiVGError(f"{what} ({where}): {DATASETS[name].origin}.")
+        notes["expressions left out, as another set tests on their pictures"] = len(own) - len(kept)
+        of = f"{name}: " if len(names) > 1 else ""
+        report += [f"{of}{number:,} {note}" for note, number in notes.items() if number]
+        if not kept and (split == "train" or not split_files(name, data_root)):
+            raise nothing_of(name, split, data_root, report)
+        samples += kept
+    if not samples:
+        raise nothing_of(names[0], split, data_root, report)
+    return samples, report
 
 
 # ------------------------------------------------------------------------------ samples and batches
@@ -322,8 +511,10 @@ class GroundingDataset(torch.utils.data.Dataset):
     padding  bool [S, S], True where a pixel is padding
     text     str
     box      float32 [4]: cx, cy, w, h, 0..1, of the padded square
-    object   int64 [2]: image id and object id, the same for all expressions of one object
-    index    int: i
+    object   int64: a number, the same for all expressions of one object (picture and box)
+
+    name: a data set, or a list of them, whose samples follow one another. What of a train split has
+    its picture in another set's val or tests is then left out.
 
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
     is drawn for an item follows from the numbers of `set_epoch` and the index alone, never on the worker or on
@@ -334,11 +525,10 @@ class GroundingDataset(torch.utils.data.Dataset):
     def __init__(
         self, name, split, data_root, image_size=224, augment=False, cache=False, mean=MEAN, std=STD
     ):
-        self.split = split
-        self.samples, self.report = read_refer(name, split, data_root)
-        if not self.samples:
-            why = "; ".join(self.report)
-            raise HiVGError(f"{name} in {data_root} has nothing usable in split {split}: {why}.")
+        self.split, names = split, [name] if isinstance(name, str) else name
+        self.samples, self.report = read_samples(names, split, data_root)
+        numbers = {}
+        self.objects = [numbers.setdefault((s.image, s.box), len(numbers)) for s in self.samples]
         self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
         self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
         self.numbers = (0,)
@@ -355,11 +545,9 @@ class GroundingDataset(torch.utils.data.Dataset):
         if self.cache is not None and sample.image in self.cache:
             return self.cache[sample.image]
         image = load_image(sample.image, upright=False)
-        if image.size != sample.size:
-            sizes = "{} x {} pixels, its annotations are for {} x {}".format(
-                *image.size, *sample.size
-            )
-            raise HiVGError(f"{sample.image} has {sizes}: get the original picture.")
+        if sample.size not in (None, image.size):
+            what = "{} has {} x {} pixels, its annotations are for {} x {}: get the original."
+            raise HiVGError(what.format(sample.image, *image.size, *sample.size))
         if self.augment:
             rng = np.random.default_rng([*self.numbers, index])
             geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
@@ -376,10 +564,9 @@ class GroundingDataset(torch.utils.data.Dataset):
         sample = self.samples[index]
         pixels, geometry = self.read(sample, index)
         image, padding = in_square(pixels, geometry, self.mean, self.std)
-        box = to_square(sample.box, geometry)
-        ids = torch.tensor((sample.image_id, sample.object_id))
+        box, number = to_square(sample.box, geometry), torch.tensor(self.objects[index])
         item = {"image": image, "padding": padding, "text": sample.text}
-        return {**item, "box": box, "object": ids, "index": index}
+        return {**item, "box": box, "object": number}
 
 
 def batches(dataset, batch_size, workers=0, train=False):
@@ -626,10 +813,8 @@ def annotate(texts, shapes, picture, split, annotations, refs):
             ref = {"ref_id": len(refs) + 1, "ann_id": note["id"], **ids, "split": split}
             ref["file_name"] = picture["file_name"].replace(".jpg", f"_{note['id']}.jpg")
             ref["sent_ids"] = [10 * note["id"] + place for place in range(len(own))]
-            ref["sentences"] = [
-                {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
-                for sent_id, text in zip(ref["sent_ids"], own)
-            ]
+            texts_of = ({"sent": text, "raw": text, "tokens": text.split()} for text in own)
+            ref["sentences"] = [{"sent_id": i, **t} for i, t in zip(ref["sent_ids"], texts_of)]
             refs.append(ref)
 
 
@@ -639,13 +824,12 @@ def generate_shapes(folder):
     bpe_vocab.txt.gz, a vocabulary in the format of CLIP's. A folder is complete or not there: it is
     made under another name and renamed at the end.
     """
-    half = os.path.normpath(folder) + ".unfinished"
+    half = Path(f"{Path(folder)}.unfinished")
     shutil.rmtree(half, ignore_errors=True)
-    os.makedirs(os.path.join(half, "images"))
+    (half / "images").mkdir(parents=True)
     pictures, annotations, refs, captions, words, split_of = [], [], [], {}, set(), {}
     jobs = [(split, number) for split in SPLITS for number in range(SPLITS[split][0])]
-    quiet = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C
-    with multiprocessing.Pool(**quiet) as pool:
+    with multiprocessing.Pool(**QUIET) as pool:
         scenes = pool.imap(make_scene, jobs, chunksize=50)
         for (split, _), scene in zip(tqdm(jobs, "making shapes", unit="scene"), scenes):
             shapes, texts, told, jpeg = scene
@@ -655,8 +839,7 @@ def generate_shapes(folder):
             picture = {"id": len(pictures) + 1, "width": SIDE, "height": SIDE}
             picture["file_name"] = name = f"shapes_{picture['id']:06d}.jpg"
             pictures.append(picture)
-            with open(os.path.join(half, "images", name), "wb") as file:
-                file.write(jpeg)
+            (half / "images" / name).write_bytes(jpeg)
             if told:
                 captions[name] = told
             words.update(" ".join([*texts, *told]).replace(",", "").split())
@@ -664,13 +847,128 @@ def generate_shapes(folder):
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
     instances = {"images": pictures, "annotations": annotations, "categories": categories}
     merges = ["# version: shapes", *learn_merges(sorted(words))]
-    files = {
-        "instances.json": json.dumps(instances).encode(),
-        "captions.json": json.dumps(captions).encode(),
-        "refs(unc).p": pickle.dumps(refs, protocol=2),
-        "bpe_vocab.txt.gz": gzip.compress("\n".join(merges).encode(), mtime=0),
-    }
-    for name, content in files.items():
-        with open(os.path.join(half, name), "wb") as file:
-            file.write(content)
-    os.replace(half, folder)
+    (half / "instances.json").write_text(json.dumps(instances))
+    (half / "captions.json").write_text(json.dumps(captions))
+    (half / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (half / "bpe_vocab.txt.gz").write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
+    half.replace(folder)
+
+
+# ------------------------------------------------------------------------------ check and download
+
+UNC = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}.zip"
+ZENODO = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
+TRAIN2014 = "http://images.cocodataset.org/zips/train2014.zip"
+
+
+def picture_size(path):
+    """(width, height) of a picture, read to its end; None if it cannot be."""
+    try:
+        return load_image(path, upright=False).size
+    except HiVGError:
+        return None
+
+
+def check(name, data_root):
+    """Print a table of what is there of a data set; every picture is opened, once.
+
+    Raises HiVGError if a split, expressions or pictures are missing, or pictures unreadable.
+    """
+    there, source, problems = available_splits(name, data_root), DATASETS[name], []
+    published = dict(zip(source.splits.split(), source.counts)) or dict.fromkeys(there, 0)
+    splits = {split: read_split(name, split, data_root) for split in published}
+    paths = sorted({sample.image for samples, *_ in splits.values() for sample in samples})
+    with multiprocessing.Pool(**QUIET) as pool:
+        sizes = pool.imap(picture_size, paths, chunksize=8)
+        sizes = dict(zip(paths, tqdm(sizes, "opening pictures", len(paths), unit="picture")))
+    print("split    expressions  published  missing images  unreadable images  odd boxes")
+    for split, (samples, found, notes) in splits.items():
+        missing = missing_pictures(samples)
+        fitting = [s for s in samples if sizes[s.image] and s.size in (None, sizes[s.image])]
+        unreadable = {s.image for s in samples} - {s.image for s in fitting} - {*missing}
+        outside = {(s.image, s.box) for s in fitting if any(map(gt, s.box[2:], sizes[s.image]))}
+        odd = notes.total() - notes[EMPTY] + len(outside)
+        print(f"{split:8} {found:11} {published[split] or '-':>10}", end="")
+        print(f"{len(missing):16} {len(unreadable):18} {odd:10}")
+        if found < max(published[split], 1):
+            problems.append(f"{split} has {found:,} expressions")
+        for what, pictures in {"missing": missing, "unreadable": sorted(unreadable)}.items():
+            if pictures:
+                problems.append(f"{what} in {split}: {', '.join(pictures[:3])}")
+    if problems:
+        raise HiVGError(f"{name} is not whole, {'; '.join(problems)}: {source.origin}.")
+
+
+def fetch(url, data_root, folder, prefix=""):
+    """Download a zip or tar archive, move its files whose names begin with `prefix` into a folder below
+    the data root, without the folders that they lie in there, and remove the archive.
+
+    A file is whole when it gets there. Raises HiVGError; what is no archive, is damaged or would
+    reach outside is removed as well.
+    """
+    path, folder = Path(data_root, url.rsplit("/", 1)[1]), Path(data_root, folder)
+    if not path.exists():  # it is there if the last run was stopped while it unpacked
+        download(url, path)
+    try:
+        with (
+            explaining(f"{path} cannot be unpacked", "run it again: a bad one is fetched anew"),
+            tempfile.TemporaryDirectory(prefix=".unpacking", dir=data_root) as half,
+            (zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open)(path) as archive,
+        ):
+            if isinstance(archive, zipfile.ZipFile):
+                read, entries = archive.open, (e for e in archive.infolist() if not e.is_dir())
+                files = ((e, e.filename, S_ISLNK(e.external_attr >> 16)) for e in entries)
+            else:
+                read, entries = archive.extractfile, (e for e in archive if not e.isdir())
+                files = ((e, e.name, not e.isfile()) for e in entries)
+            for entry, name, is_link in tqdm(files, "unpacking", unit="file"):
+                if is_link or os.path.isabs(name) or ".." in name.split("/"):
+                    raise ValueError(f"{name} would reach outside")
+                name = os.path.basename(name)
+                if name.startswith(prefix):
+                    with read(entry) as source, open(Path(half, name), "wb") as target:
+                        shutil.copyfileobj(source, target)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(Path(half).iterdir()):  # refs, which are looked for, at the end
+                file.replace(folder / file.name)
+    except HiVGError as error:
+        if getattr(error.__cause__, "errno", None) is None:  # it is not for want of room or rights
+            path.unlink()
+        raise
+    path.unlink()
+
+
+def get(name, data_root):
+    """Fetch what is not there of a data set; one that can't be had so is a HiVGError that says where
+    to ask for it."""
+    files, source = split_files(name, data_root), DATASETS[name]
+    if "refer" not in source.files:
+        raise HiVGError(f"{name} cannot be downloaded: {source.origin}.")
+    if len(files) < len(source.splits.split()):
+        folder = os.path.dirname(source.files["refer"])
+        try:
+            fetch(UNC.format(source.stamp, folder), data_root, folder)
+        except HiVGError as error:
+            if "mdetr" not in source.files:
+                raise
+            print(f"{error} Now from {ZENODO}:")
+            fetch(ZENODO, data_root, "mdetr_annotations", "finetune_refcoco")
+    splits = available_splits(name, data_root) if source.pictures == "coco" else ()
+    if missing_pictures(s for split in splits for s in read_split(name, split, data_root)[0]):
+        fetch(TRAIN2014, data_root, "images/mscoco/images/train2014")
+    print(f"{name} is in {data_root}: python data.py check looks at every picture")
+
+
+def main():
+    jobs = {"check": check, "download": get}
+    parser = argparse.ArgumentParser(description="Look at a data set, or fetch it.")
+    add = parser.add_argument
+    add("job", choices=jobs)
+    add("--dataset", required=True, help=", ".join(DATASETS))
+    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    args = parser.parse_args()
+    exit_with(lambda args: jobs[args.job](args.dataset, args.data_root), args)
+
+
+if __name__ == "__main__":
+    main()
