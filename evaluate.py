@@ -1,27 +1,36 @@
-"""Evaluation: Acc@0.5 and mean IoU per split, one expression on one photograph, and contact sheets.
+"""Evaluation: accuracy per split and by length of expression, one photograph, speed and cost, pictures of all that.
 
     python evaluate.py runs/shapes/best.pt --dataset shapes                          # all splits but train
     python evaluate.py runs/refcoco/best.pt --dataset refcoco --split testA --data-root data
     python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man in the red jacket" --output found.jpg
+    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man on the left" "the dog" --attention
+    python evaluate.py runs/refcoco/best.pt --speed --batch-size 32
+    python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground (one photograph), predict and evaluate (a split), contact_sheet, main.
+Reading order: ground (one photograph), predict and evaluate (a split), attention_maps (where the model looked), speed, the
+pictures (sheet, contact_sheet, overlay, curve), run and main.
 """
 
 import argparse
 import json
-import math
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter as RawText
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from clip_model import HiVGError, explaining, replacing
-from hivg import box_iou, cxcywh_to_xyxy, load_checkpoint
+from clip_model import HiVGError, attend, exit_with, explaining, replacing
+from hivg import box_iou, cxcywh_to_xyxy, load_model
+
+LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (poster, Fig. 6 c)
 
 
 @torch.inference_mode()
@@ -44,9 +53,8 @@ def predict(model, dataset, batch_size=64, workers=0):
     """Boxes of a whole data set, in its order: (predicted, true), each [len(dataset), 4] as cx, cy, w, h."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    loader = data.batches(dataset, batch_size, workers)
     found, true = [], []
-    for batch in tqdm(loader, desc="  evaluating", leave=False):
+    for batch in tqdm(data.batches(dataset, batch_size, workers), "  evaluating", leave=False):
         tokens = data.cut_to_longest(model.tokenize(batch["text"]))
         inputs = (each.to(device) for each in (batch["image"], tokens, batch["padding"]))
         found.append(model(*inputs).boxes.cpu())
@@ -60,23 +68,119 @@ def ious(found, true):
     return box_iou(cxcywh_to_xyxy(found).clamp(0, 1), cxcywh_to_xyxy(true))
 
 
+def score(iou):
+    """{"expressions", "acc"} of IoUs [N]: their number, and Acc@0.5 in percent, None where there are none."""
+    acc = round(100 * (iou >= 0.5).float().mean().item(), 2) if len(iou) else None
+    return {"expressions": len(iou), "acc": acc}
+
+
 def evaluate(model, dataset, workers=0):
-    """{"split", "expressions", "acc", "miou"} of a split; acc is Acc@0.5, both in percent."""
+    """{"split", "expressions", "acc", "miou", "lengths"} of a split; acc is Acc@0.5, both in percent.
+
+    lengths is {"1-5": {"expressions", "acc"}, ...}, the same by number of words.
+    """
     iou = ious(*predict(model, dataset, workers=workers))
+    bins = np.digitize([len(sample.text.split()) for sample in dataset.samples], (6, 8, 11))
     return {
         "split": dataset.split,
-        "expressions": len(dataset),
-        "acc": round(100 * (iou >= 0.5).float().mean().item(), 2),
+        **score(iou),
         "miou": round(100 * iou.mean().item(), 2),
+        "lengths": {name: score(iou[bins == number]) for number, name in enumerate(LENGTHS)},
     }
 
 
 def table(rows):
-    """The rows of `evaluate` as lines of text."""
-    lines = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
+    """The rows of `evaluate` as lines of text: all expressions of each split, then Acc@0.5 by number of words."""
+    splits = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
+    by_words = [" ".join(["\nwords   ", *(f"{name:>16}" for name in LENGTHS)])]
     for row in rows:
-        lines += ["{split:8} {expressions:11,} {acc:7.2f}% {miou:7.2f}%".format(**row)]
-    return "\n".join(lines)
+        splits += ["{split:8} {expressions:11,} {acc:7.2f}% {miou:7.2f}%".format(**row)]
+        bins = row["lengths"].values()
+        cells = [
+            "{acc:.2f}% of {expressions:,}".format(**b) if b["expressions"] else "-" for b in bins
+        ]
+        by_words += [" ".join([f"{row['split']:8}", *(f"{cell:>16}" for cell in cells)])]
+    return "\n".join(splits + by_words)
+
+
+# ---------------------------------------------------------------------------------------- inside the model
+
+
+def first_attends(q, k, heads, mask=None):
+    """How much the first query attends to each key, mean over heads: what `attend` gives back of one-hot values.
+
+    q [1, Nq, d], k [1, Nk, d], mask as in `attend` -> [Nk], sum 1.
+    """
+    one_hot = torch.eye(k.shape[1], device=k.device).repeat(1, heads)[None]  # [1, Nk, heads Nk]
+    return attend(q[:, :1], k, one_hot, heads, mask).unflatten(-1, (heads, -1))[0, 0].mean(dim=0)
+
+
+@torch.inference_mode()
+def attention_maps(model, image, text):
+    """Where the model looks in a PIL image for `text` (poster, Fig. 2): {"[CLS], layer 4": map, ..., "[REG], ...": map}.
+
+    Maps are of [CLS] in the visual layers V (in all, if there are no more than 4) and of [REG] in the last grounding layer. Each is
+    a float tensor [g, g], g patches a side of the padded square: the share of the token's attention that goes to each
+    patch, mean over heads. What goes to other tokens is left out, so its sum is at most 1.
+    """
+    blocks, last = model.clip.visual.transformer.resblocks, model.layers[-1].attention
+    layers = range(1, len(blocks) + 1) if len(blocks) <= 4 else model.config.visual_layers
+    inputs, maps = {}, {}  # inputs: what each module was called with
+    with torch.nn.modules.module.register_module_forward_pre_hook(inputs.__setitem__):
+        ground(model, image, text)
+    for layer in layers:
+        attention = blocks[layer - 1].attn
+        q, k, _ = attention.in_proj(*inputs[attention]).chunk(3, dim=-1)  # [1, 1 + N, d_v]
+        maps[f"[CLS], layer {layer}"] = first_attends(q, k, attention.heads)[1:]
+    query, key, _, padding = inputs[last]  # [1, 1, D], [1, 2 + N + T, D], ..., [1, 2 + N + T]
+    row = first_attends(last.q_proj(query), last.k_proj(key), last.heads, ~padding[:, None, None])
+    maps[f"[REG], grounding layer {len(model.layers)}"] = row[2 : 2 + model.grid**2]
+    return {name: weights.view(model.grid, -1).cpu() for name, weights in maps.items()}
+
+
+SECONDS = 2.0  # of measuring, at least, for each speed
+
+
+@torch.inference_mode()
+def speed(model, batch_size):
+    """{what: number} of a model as load_model gives it: speed, size and cost. It is merged and frozen here.
+
+    A frame, prepared pixels and the tokens of 10 words, goes from the CPU to the device, and its box back (poster, Fig. 6 a).
+    """
+    device, S = next(model.parameters()).device, model.config.image_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # frozen: the counter of FLOPs stumbles over slices of parameters that are trained
+    model.merge().eval().requires_grad_(False)
+    tokens = data.cut_to_longest(model.tokenize("the red circle left of the one big blue square"))
+    frame = torch.zeros(1, 3, S, S), tokens, torch.zeros(1, S, S, dtype=torch.bool)
+
+    def rate(count):
+        """Frames per second, `count` at once: from the median time, warm."""
+        frames = [each.repeat_interleave(count, dim=0) for each in frame]
+        job = {"job": lambda: model(*(each.to(device) for each in frames)).boxes.cpu()}
+        timer = Timer("job()", globals=job, num_threads=torch.get_num_threads())
+        return count / timer.blocked_autorange(min_run_time=SECONDS).median
+
+    # attention written out: fused kernels are not counted on every device
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(*(each.to(device) for each in frame))
+    return {
+        "frames per second, one by one": rate(1),
+        f"images per second, {batch_size} at once": rate(batch_size),
+        f"parameters trained in stage {model.config.stage}": trained,
+        "parameters in all": sum(p.numel() for p in model.parameters()),
+        "GFLOPs an image, 2 a multiply-add": counter.get_total_flops() / 1e9,
+        "peak memory, MiB": peak_memory(device) / 2**20,
+    }
+
+
+def peak_memory(device):
+    """Bytes: the most that tensors took on a CUDA device, else the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
@@ -90,37 +194,94 @@ def draw_box(image, box, colour):
     ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
 
 
-def contact_sheet(model, dataset, path, count=24, columns=6, side=240):
+def save(picture, path):
+    """Write a PIL image in the format that the path's ending names. Raises HiVGError for an ending of no picture."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
+    with replacing(path) as temporary:
+        picture.save(temporary, kind)
+    print(f"drawn into {path}")
+
+
+def sheet(panels, columns, side=240):
+    """One PIL image of many, in rows of `columns`: panels, a list of (PIL image, caption); each gets `side` pixels."""
+    font = ImageFont.load_default(14)
+    width, height, rows = side + 8, side + 44, -(-len(panels) // columns)
+    drawn = Image.new("RGB", (columns * width, rows * height), "white")
+    for place, (picture, caption) in enumerate(panels):
+        x, y = place % columns * width, place // columns * height
+        left, top, *size = data.letterbox((0, 0, *picture.size), side).inner
+        drawn.paste(picture.resize(size), (x + 4 + left, y + 4 + top))
+        lines = textwrap.wrap(caption, 34)[:2]
+        ImageDraw.Draw(drawn).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
+    return drawn
+
+
+def contact_sheet(model, dataset, path, count=24):
     """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7.
 
     Green is the true box, red the one found; below each their IoU and the expression.
     """
-    count = min(count, len(dataset))
-    chosen = [i * len(dataset) // count for i in range(count)]
+    chosen = sorted({i * len(dataset) // count for i in range(count)})
     found, true = predict(model, torch.utils.data.Subset(dataset, chosen))
-    overlap = ious(found, true)
-    font = ImageFont.load_default(14)
-    height = side + 44
-    sheet = Image.new("RGB", (columns * (side + 8), math.ceil(count / columns) * height), "white")
-    for place, index in enumerate(chosen):
+    panels = []
+    for index, box, overlap in zip(chosen, found, ious(found, true)):
         sample = dataset.samples[index]
         picture = data.load_image(sample.image, upright=False)
         geometry = data.letterbox((0, 0, *picture.size), model.config.image_size)
-        found_box = data.to_pixels(found[place], geometry).tolist()
-        for box, colour in ((sample.box, TRUE_COLOUR), (found_box, FOUND_COLOUR)):
-            draw_box(picture, box, colour)
-        x, y = place % columns * (side + 8), place // columns * height
-        left, top, *size = data.letterbox((0, 0, *picture.size), side).inner
-        sheet.paste(picture.resize(size), (x + 4 + left, y + 4 + top))
-        lines = textwrap.wrap(f"{overlap[place]:.2f}  {sample.text}", 34)[:2]
-        ImageDraw.Draw(sheet).multiline_text((x + 4, y + side + 6), "\n".join(lines), "black", font)
-    with replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
+        draw_box(picture, sample.box, TRUE_COLOUR)
+        draw_box(picture, data.to_pixels(box, geometry).tolist(), FOUND_COLOUR)
+        panels.append((picture, f"{overlap:.2f}  {sample.text}"))
+    save(sheet(panels, columns=6), path)
+
+
+NONE, HALF, MOST = (20, 30, 120), (220, 50, 40), (255, 235, 90)  # colours of attention
+
+
+def overlay(image, weights, side):
+    """A PIL image, grey, under the colours of attention: weights [g, g] over its padded square of `side` pixels."""
+    geometry = data.letterbox((0, 0, *image.size), side)
+    left, top, width, height = geometry.inner
+    patch = side // len(weights)
+    heat = np.kron(weights, np.ones((patch, patch)))[top : top + height, left : left + width]
+    heat = Image.fromarray((255 * heat / heat.max()).astype(np.uint8))
+    heat = heat.reduce(patch).resize((width, height), Image.BILINEAR)  # smooth
+    picture = ImageOps.grayscale(data.cut(image, geometry)).convert("RGB")
+    return Image.blend(picture, ImageOps.colorize(heat, NONE, MOST, HALF), 0.6)
+
+
+def curve(logs):
+    """Acc@0.5 over the epochs of runs, from their log.jsonl, as PIL image (poster, Fig. 6 d): a line for each run, with the
+    name of its folder.
+
+    Where a stage begins is a dotted line; what it begins with, epoch -1, stands there too. Raises HiVGError without matplotlib.
+    """
+    with explaining("Curves are drawn with matplotlib", "pip install matplotlib"):
+        from matplotlib import pyplot
+    pyplot.switch_backend("agg")  # no window
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    for log in logs:
+        with explaining(f"{log} is no log of train.py", "name a run's log.jsonl"):
+            lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
+            done = np.cumsum([e["epoch"] >= 0 for e in lines])
+            axes.plot(done, [e["acc"] for e in lines], ".-", label=Path(log).absolute().parent.name)
+            axes.set(xlabel="epochs", ylabel=f"Acc@0.5 on {lines[-1]['split']}, %")
+            starts = [(d - 1, e["stage"]) for d, e in zip(done, lines) if e["epoch"] == 0]
+        for epochs, stage in starts:
+            title = {-1: "warm-up without bridges", 0: "warm-up"}.get(stage, f"stage {stage}")
+            axes.axvline(epochs, color="grey", linestyle=":")
+            axes.text(epochs, 1.02, title, rotation=30, transform=axes.get_xaxis_transform())
+    axes.legend()
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0):
-    """Evaluate splits of a data set; print the table, write results_NAME.json and a contact sheet into `output`."""
+    """Evaluate splits of a data set, by default all but train; print the table, write results_NAME.json and a contact sheet
+    for each split into `output`."""
     rows, config = [], model.config
+    splits = splits or [s for s in data.available_splits(name, data_root) if s != "train"]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     for dataset in [data.GroundingDataset(name, s, data_root, **picture) for s in splits]:
         for note in dataset.report:
@@ -131,7 +292,7 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
     with replacing(output / f"results_{name}.json") as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{output}: results_{name}.json, {name}_SPLIT.png")
+    print(f"written to {output}: results_{name}.json")
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -139,62 +300,63 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
 
 def pick_device(name=None):
     """The device asked for, or the best there is: cuda, mps, cpu."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    found = next((kind for kind, is_there in there.items() if is_there), "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explaining(f"There is no device {name} here", "leave --device out"):
-        return torch.empty(0, device=name or found).device
-
-
-def exit_with(job, args):
-    """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
-    try:
-        job(args)
-    except HiVGError as error:
-        # a worker sends its traceback too: what counts is its end
-        sentence = str(error).rpartition("HiVGError: ")[2].strip()
-        sys.exit(f"error: {sentence}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: what was finished is kept")
+        return torch.empty(0, device=name or best).device
 
 
 def run(args):
-    checkpoint = Path(args.checkpoint)
-    model = load_checkpoint(checkpoint, pick_device(args.device))
-    if args.dataset:
-        there = data.available_splits(args.dataset, args.data_root)
-        splits = args.split or [split for split in there if split != "train"]
-        output = Path(args.output or checkpoint.parent)
-        settings = args.dataset, splits, args.data_root, output, args.workers
-        evaluate_splits(model, checkpoint, *settings)
-        return
-    path = Path(args.output or Path(args.image).stem + "_found.png")
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
-    image = data.load_image(args.image)
-    box = ground(model, image, args.text)
-    print(f"{args.image}: {args.text}: " + " ".join(f"{value:.1f}" for value in box))
-    draw_box(image, box, FOUND_COLOUR)
-    with replacing(path) as temporary:
-        image.save(temporary, kind)
-    print(f"drawn into {path}")
+    if args.curve:
+        return save(curve(args.curve), args.output or "curve.png")
+    model = load_model(args.checkpoint)[0].to(pick_device(args.device))
+    if args.speed:
+        print(f"{args.checkpoint} on {next(model.parameters()).device}")
+        rows = speed(model, args.batch_size).items()
+        return print("\n".join(f"{what:36} {round(number, 2):14,}" for what, number in rows))
+    model.merge().eval()
+    if args.dataset is not None:
+        where = args.split, args.data_root, Path(args.output or args.checkpoint.parent)
+        return evaluate_splits(model, args.checkpoint, args.dataset, *where, args.workers)
+    image, panels = data.load_image(args.image), []
+    for text in args.text:
+        box, found = ground(model, image, text), image.copy()
+        print(f"{args.image}: {text}: " + " ".join(f"{value:.1f}" for value in box))
+        draw_box(found, box, FOUND_COLOUR)
+        panels.append((found, text))
+        if args.attention:
+            for name, weights in attention_maps(model, image, text).items():
+                panels.append((overlay(image, weights, model.config.image_size), name))
+    picture = sheet(panels, columns=len(panels) // len(args.text)) if args.attention else found
+    save(picture, args.output or Path(args.image).stem + "_found.png")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
-    add("checkpoint", help="best.pt or last.pt of train.py")
-    add("--dataset", help="evaluate this data set")
+    one_of = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("checkpoint", nargs="?", type=Path, help="of train.py or HiVG's authors; not for --curve")
+    one_of("--dataset", help="evaluate this data set")
     add("--split", nargs="+", help="these splits of it (default: all but train)")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
-    add("--image", help="or find something in this photograph")
-    add("--text", help="what to find there")
+    one_of("--image", help="or find something in this photograph")
+    add("--text", nargs="+", help="what to find there; with --attention one text or more")
+    add("--attention", action="store_true", help="draw where the model looked, a row for each text")
+    one_of("--speed", action="store_true", help="or measure speed, size and cost")
+    add("--batch-size", type=int, default=32, help="of --speed (default: 32)")
+    one_of("--curve", nargs="+", metavar="LOG", help="or draw the curves of runs' log.jsonl")
     add("--output", help="the picture to draw, or the folder of a data set's results")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--workers", type=int, default=0, help="processes that read photographs")
-    args = parser.parse_args()
-    if bool(args.dataset) == bool(args.image) or bool(args.image) != bool(args.text is not None):
-        parser.error("give either --dataset, or --image and --text")
+    args = parser.parse_intermixed_args()
+    rules = {
+        "give a CHECKPOINT, but none for --curve": bool(args.checkpoint) != bool(args.curve),
+        "--image and --text belong together": bool(args.image) == bool(args.text),
+        "--attention is for --image": bool(args.image) or not args.attention,
+        "without --attention give one --text": args.attention or len(args.text or ()) <= 1,
+        "--batch-size is 1 or more": args.batch_size >= 1,
+    }
+    for broken in [rule for rule, holds in rules.items() if not holds]:
+        parser.error(broken)
     exit_with(run, args)
 
 
