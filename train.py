@@ -19,7 +19,7 @@ import re
 import time
 from argparse import RawDescriptionHelpFormatter as RawText
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -33,49 +33,64 @@ from tqdm import tqdm
 
 import clip_model
 import data
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, explaining, replacing
-from evaluate import evaluate, evaluate_splits, exit_with, pick_device
-from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, grid_positions, load_model, losses, save_checkpoint
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, replacing
+from evaluate import evaluate, evaluate_splits, pick_device
+from hivg import (
+    LOSS_WEIGHTS,
+    TEXT_LAYERS,
+    HiVG,
+    HiVGConfig,
+    grid_positions,
+    load_model,
+    losses,
+    save_checkpoint,
+)
 
 
 class Preset(NamedTuple):
-    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; AdamW's betas; weights of the losses; fields
-    of HiVGConfig to change."""
+    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; epochs of a warm-up without bridges before
+    them, at the warm-up's rate; AdamW's betas; fields of HiVGConfig to change."""
 
     epochs: tuple
     rates: tuple
     batches: tuple
+    without_bridges: int = 0
     betas: tuple = (0.9, 0.999)
-    losses: dict = LOSS_WEIGHTS
     model: dict = {}
 
 
 SMALL = dict(bridge_layers=(2, 3), grounding_layers=3, heads=4, feedforward=256, region_width=256)
 SHAPES = Preset(
     epochs=(3, 1, 1, 1),
-    rates=(1e-3, 5e-4, 4e-4, 3.5e-4),
+    rates=(8e-4, 4.5e-4, 3.5e-4, 3e-4),
     batches=(64,) * 4,
     betas=(0.9, 0.98),
     model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
 )
-PRESETS = {
-    "base": Preset((60, 20, 20, 20), (2.5e-4, 1e-4, 5e-5, 2.5e-5), (80, 60, 60, 40)),  # (D15)
+RATES, MIXED_RATES = (2.5e-4, 1e-4, 5e-5, 2.5e-5), (2.5e-4, 1e-4, 5e-5, 2e-5)
+PRESETS = {  # by size of CLIP and data set, else by size alone (D15)
+    "base": Preset((60, 20, 20, 20), RATES, (80, 60, 60, 40)),
+    "base-flickr30k": Preset((30, 5, 5, 5), RATES, (80, 60, 60, 40)),
+    "base-mixture": Preset((60, 20, 20, 20), MIXED_RATES, (64,) * 4),
+    "large": Preset((60, 10, 10, 10), RATES, (32,) * 4, 10),
+    "large-referit": Preset((60, 10, 10, 10), RATES, (32,) * 4, 5),
+    "large-flickr30k": Preset((30, 5, 5, 5), RATES, (32,) * 4, 10),
+    "large-mixture": Preset((30, 10, 10, 10), MIXED_RATES, (32,) * 4, 10),
     "shapes": SHAPES,
-    "shapes-long": SHAPES._replace(epochs=(15, 5, 5, 5)),
-}
-TEXT_LAYERS = {  # the f^i that the bridges read; the last one for the data sets not named
-    "refcoco+": (6, 12),
-    "refcocog": tuple(range(1, 13)),
-    "refcocog-google": tuple(range(1, 13)),
+    "shapes-long": SHAPES._replace(epochs=(9, 3, 3, 3)),
 }
 VOCABULARIES = ("bpe_vocab.txt.gz", "bpe_simple_vocab_16e6.txt.gz")  # looked for beside a CLIP
 PARTS = {  # of the model, by the names of their parameters: the first that matches
     "LoRA pairs": r"\.lora_",
     "CLIP": r"^clip\.",
-    "bridges": r"^bridges\.",
+    "bridges": r"^(bridges|mixed_proj)\.",
     "heads": r"^(box_head|region)",
     "grounding encoder": "",
 }
+MODEL_FLAGS = (  # options that are fields of HiVGConfig
+    *("image_size", "adapters", "groups", "rank", "targets"),
+    *("visual_layers", "bridge_layers", "text_layers"),
+)
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
 # the rate rises to its top in so many steps of a stage, or in a tenth of it if that is less (D4)
@@ -149,8 +164,10 @@ def shapes_clip(folder, seed, device, context):
     captions = json.loads((folder / "captions.json").read_text())
     names = np.array(list(captions))
 
+    load = cache(data.load_image)  # a scene comes up about three times
+
     def read(files):  # names of pictures -> [n, 3, S, S]
-        scenes = (data.load_image(folder / "images" / file) for file in files)
+        scenes = (load(folder / "images" / file) for file in files)
         return torch.stack([data.prepare(s, SHAPES_CLIP.image_size)[0] for s in scenes])
 
     SHAPES_CLIP.vocab_size = tokenizer.vocab_size
@@ -227,7 +244,7 @@ def train_epoch(model, loader, optimizer, rates, weights, context, title):
 class Progress(NamedTuple):
     """Where a run stands; kept in last.pt, so that --resume goes on from there."""
 
-    stage: int = 0
+    stage: int = 0  # -1: the warm-up without bridges
     epoch: int = -1  # the one to do next; -1: look at what the stage begins with, train nothing
     best: float = -1.0  # best Acc@0.5 of the stage so far
     log: tuple = ()  # lines of log.jsonl
@@ -236,15 +253,18 @@ class Progress(NamedTuple):
 def start(args, device, context):
     """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it."""
     clip_path = args.clip or "ViT-B/16"
-    if args.dataset == "shapes" and not args.clip:
+    if args.dataset == ["shapes"] and not args.clip:
         clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
     clip = clip_model.load_clip(str(clip_path))
     tokenizer = tokenizer_for(clip_path, clip.config.vocab_size)
     torch.manual_seed(args.seed)
-    counted = TEXT_LAYERS.get(args.dataset, (12,))  # as if there were twelve
-    text_layers = sorted({math.ceil(i * clip.config.text_layers / 12) for i in counted})
-    settings = dict(image_size=args.image_size, adapters=args.adapters, text_layers=text_layers)
-    config = HiVGConfig(**settings, **PRESETS[args.preset].model)
+    name = "mixture" if len(args.dataset) > 1 else data.DATASETS[args.dataset[0]].index
+    mixed = name in ("mixture", "mixup")
+    counted = () if mixed else TEXT_LAYERS.get(name, (12,))  # as if there were twelve
+    text_layers = tuple(sorted({math.ceil(i * clip.config.text_layers / 12) for i in counted}))
+    chosen = {flag: getattr(args, flag) for flag in MODEL_FLAGS if getattr(args, flag) is not None}
+    chosen = {flag: tuple(v) if isinstance(v, list) else v for flag, v in chosen.items()}
+    config = HiVGConfig(**{"text_layers": text_layers} | PRESETS[args.preset].model | chosen)
     return HiVG(config, clip, tokenizer).to(device)
 
 
@@ -259,39 +279,47 @@ def run(args):
             progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
-    splits = data.available_splits(args.dataset, args.data_root)
+    splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
     if not args.resume:
         args.bf16 = bf16_pays(device)
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     if not args.resume:
-        model, progress, optimizer_state = start(args, device, context), Progress(), None
+        model, optimizer_state = start(args, device, context), None
+        progress = Progress(stage=-1 if args.without_bridges else 0)
     model.to(device)
     config, preset = model.config, PRESETS[args.preset]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-    read = partial(data.GroundingDataset, args.dataset, data_root=args.data_root, **picture)
-    train_set = read("train", augment=args.augment, cache=not args.augment)
-    val_set = read(args.select, cache=not args.augment)
-    known = {args.select: val_set, "train": train_set}
+    read = partial(data.GroundingDataset, data_root=args.data_root, **picture)
+    train_set = read(args.dataset, "train", augment=args.augment, cache=not args.augment)
+    val_set = read(args.dataset, args.select, cache=not args.augment)
 
     # a short account of what is going to happen
     precision = "bf16" if args.bf16 else "fp32"
-    print(f"{args.dataset} from {args.data_root} into {output}, on {device} in {precision}")
-    source = data.DATASETS[args.dataset]
-    for split, published in zip_longest(source.splits.split(), source.counts):
-        there = known.get(split) or (read(split) if split in splits else None)
-        words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
-        words += [f"published: {published:,}"] if published else []
-        print(f"  {split:6} {'; '.join(words)}")
-    print(f"adapters {args.adapters}; by stage: epochs {args.epochs}, rates {args.lr}, ", end="")
-    print(f"batches {args.batch_size}; losses {preset.losses}\n{account(model)}", flush=True)
+    names = ", ".join(args.dataset)
+    print(f"{names} from {args.data_root} into {output}, on {device} in {precision}")
+    for name in args.dataset:
+        source = data.DATASETS[name]
+        for split, published in zip_longest(source.splits.split(), source.counts):
+            there = read(name, split) if split in splits[name] else None
+            words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
+            words += [f"published: {published:,}"] if published else []
+            print(f"  {name} {split:6} {'; '.join(words)}")
+    if len(args.dataset) > 1:
+        print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
+    print(
+        f"adapters {config.adapters}; epochs without bridges {args.without_bridges}, then by stage "
+    )
+    print(f"{args.epochs}, rates {args.lr}, batches {args.batch_size}; losses {args.losses}")
+    print(account(model), flush=True)
     with replacing(output / "config.json") as temporary:
-        used = {"settings": vars(args), "model": asdict(config), "losses": preset.losses}
+        used = {"settings": vars(args), "model": asdict(config)}
         temporary.write_text(json.dumps(used, indent=2))
 
     while progress.stage < len(args.epochs):
-        stage, epochs = progress.stage, args.epochs[progress.stage]
-        top, batch_size = args.lr[stage], args.batch_size[stage]
-        set_seed(args.seed, stage)
+        stage, warmup = progress.stage, max(0, progress.stage)
+        epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
+        top, batch_size = args.lr[warmup], args.batch_size[warmup]
+        set_seed(args.seed, 1 + stage)
         model.enter_stage(stage)
         trained = [p for p in model.parameters() if p.requires_grad]
         settings = dict(betas=preset.betas, weight_decay=WEIGHT_DECAY, fused=True)
@@ -301,14 +329,14 @@ def run(args):
         for epoch in range(progress.epoch, epochs):
             began, line = time.time(), {"stage": stage, "epoch": epoch}
             if epoch >= 0:
-                set_seed(args.seed, stage, epoch)
-                train_set.set_epoch(args.seed, stage, epoch)
+                set_seed(args.seed, 1 + stage, epoch)
+                train_set.set_epoch(args.seed, 1 + stage, epoch)
                 loader = data.batches(train_set, batch_size, args.workers, train=True)
                 steps = range(epoch * len(loader), (epoch + 1) * len(loader))
                 rates = [rate(step, epochs * len(loader), top) for step in steps]
                 title = f"stage {stage}, epoch {epoch}"
                 line["losses"] = train_epoch(
-                    model, loader, optimizer, rates, preset.losses, context, title
+                    model, loader, optimizer, rates, args.losses, context, title
                 )
             line |= evaluate(model, val_set, args.workers)
             line["seconds"] = round(time.time() - began, 1)
@@ -326,8 +354,17 @@ def run(args):
         progress = Progress(stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
-    tested = [split for split in splits if split != "train"]
-    evaluate_splits(model, best, args.dataset, tested, args.data_root, output, args.workers)
+    for name, there in splits.items():
+        tested = [split for split in there if split != "train"]
+        evaluate_splits(model, best, name, tested, args.data_root, output, args.workers)
+
+
+def loss_weight(text):
+    """argparse's type of NAME=WEIGHT, one of the losses."""
+    name, _, weight = text.partition("=")
+    if name not in LOSS_WEIGHTS:
+        raise ValueError
+    return name, float(weight)
 
 
 def at_least(low):
@@ -345,18 +382,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
     # data and weights
-    add("--dataset", required=True, help="shapes, refcoco, refcoco+, refcocog, refcocog-google")
+    add("--dataset", required=True, nargs="+", help=f"one or several of {', '.join(data.DATASETS)}")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
     add("--image-size", type=at_least(1), help="side of the square in pixels (default: CLIP's)")
     add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
-    # what is trained, and how long: one value for all stages, or one for each of the four
-    add("--preset", choices=PRESETS, help="defaults of the following (default: by data set)")
-    add("--adapters", default="hilora", choices=HiVGConfig.ADAPTERS, help="of the image tower")
-    add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to 3; 0: none")
+    # what is trained, and how long: one value for all stages, or one for each
+    add("--preset", choices=PRESETS, help="defaults of the following (default: by CLIP and data)")
+    add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to G; 0: none")
     add("--lr", type=float, nargs="+", help="top learning rates")
     add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch")
+    add("--without-bridges", type=at_least(0), help="epochs of a warm-up without bridges, before")
+    add("--loss", type=loss_weight, nargs="+", metavar="NAME=WEIGHT", help=", ".join(LOSS_WEIGHTS))
     add("--select", default="val", help="split that chooses the best epoch (default: val)")
+    # the model: ablations
+    add("--adapters", choices=HiVGConfig.ADAPTERS, help="of the image tower (default: hilora)")
+    add("--groups", type=at_least(1), help="G of HiLoRA, and the number of stages (default: 3)")
+    add("--rank", type=at_least(1), help="of LoRA (default: 32)")
+    add("--targets", nargs="+", help="of LoRA: attn.in_proj attn.out_proj (default) and the like")
+    add("--visual-layers", type=at_least(1), nargs="+", help="V, the multi-level features")
+    add("--bridge-layers", type=at_least(1), nargs="+", help="C, the layers with a bridge")
+    add("--no-bridges", dest="bridge_layers", action="store_const", const=())
+    add("--text-layers", type=at_least(1), nargs="+", help="f^i that the bridges read")
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
@@ -364,18 +411,26 @@ def main():
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--workers", type=at_least(0), help="processes that read photographs (default: 8 at most)")
     args = parser.parse_args()
-    shapes = args.dataset == "shapes"
-    args.preset = args.preset or ("shapes" if shapes else "base")
+    shapes = args.dataset == ["shapes"]
+    kind = "mixture" if len(args.dataset) > 1 else args.dataset[0].replace("mixup", "mixture")
+    size = "large" if "ViT-L" in str(args.clip) else "base"
+    usual = f"{size}-{kind}" if f"{size}-{kind}" in PRESETS else size
+    args.preset = args.preset or ("shapes" if shapes else usual)
     args.augment = not (shapes or args.no_augment)  # shapes are kept in memory: there are plenty
-    args.output = args.output or f"runs/{args.dataset}"
+    args.output = args.output or f"runs/{'_'.join(args.dataset)}"
     if args.workers is None:
         args.workers = min(8, os.cpu_count()) if args.augment else 0
-    epochs, rates, batches, *_ = PRESETS[args.preset]
-    for name, default in {"epochs": epochs, "lr": rates, "batch_size": batches}.items():
-        values = getattr(args, name) or list(default)
-        if len(values) not in (1, 4):
-            parser.error(f"--{name.replace('_', '-')} takes one value or four, not {len(values)}")
-        setattr(args, name, values * (4 // len(values)))
+    preset, stages = PRESETS[args.preset], 1 + (args.groups or HiVGConfig.groups)
+    if args.without_bridges is None:
+        args.without_bridges = preset.without_bridges
+    args.losses = LOSS_WEIGHTS | dict(args.loss or ())
+    usual = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
+    for name, default in usual.items():
+        values = getattr(args, name) or [*default, *default[-1:] * stages][:stages]
+        if len(values) not in (1, stages):
+            what = f"--{name.replace('_', '-')} takes one value or {stages}, not {len(values)}"
+            parser.error(what)
+        setattr(args, name, values * (stages // len(values)))
     exit_with(run, args)
 
 

@@ -17,8 +17,8 @@ from PIL import Image
 import data
 import evaluate
 import train
-from clip_model import Tokenizer, load_clip, save_clip
-from hivg import load_checkpoint, save_checkpoint
+from clip_model import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
+from hivg import HiVG, HiVGConfig, load_checkpoint, save_checkpoint
 
 
 def command(monkeypatch, module, *words):
@@ -190,6 +190,114 @@ def test_other_adapters_run_too(monkeypatch, refer_root, clip_file, tmp_path, ad
     assert held == ([1, 1, 1] if adapters == "vanilla" else [0, 0, 0])
 
 
+@pytest.mark.parametrize(
+    "flags, fields",
+    [
+        ("--no-bridges --loss clc=0 l1=5", {"bridge_layers": ()}),
+        ("--bridge-layers 2 --visual-layers 1 3", {"bridge_layers": (2,), "visual_layers": (1, 3)}),
+        (
+            "--groups 2 --rank 4 --targets attn.out_proj mlp.c_fc",
+            {"groups": 2, "rank": 4, "stage": 2},
+        ),
+        ("--without-bridges 1 --text-layers 1", {"text_layers": (1,), "stage": 3}),
+    ],
+)
+def test_every_part_can_be_changed(monkeypatch, refer_root, clip_file, tmp_path, flags, fields):
+    """Bridges, losses, groups, rank, targets, layers: the flags reach the model and config.json, and
+    a run with them goes through its stages and is evaluated."""
+    words = words_of(refer_root, clip_file, tmp_path / "run", *flags.split())
+    words[words.index("--epochs") + 1] = 1
+    assert command(monkeypatch, train, *words) is None
+    model = load_checkpoint(tmp_path / "run/best.pt")
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    assert set(model.bridges) == {str(layer) for layer in model.config.bridge_layers}
+    settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
+    assert (settings["losses"]["clc"], settings["losses"]["l1"]) == (
+        (0, 5) if "l1=5" in flags else (1, 2)
+    )
+    log, first = log_of(tmp_path / "run"), -1 if "--without-bridges" in flags else 0
+    last = model.config.groups
+    assert [e["stage"] for e in log] == [s for s in range(first, last + 1) for _ in "ab"]
+    adapted = {
+        n.rpartition(".lora_A")[0].split(".", 5)[-1] for n in model.state_dict() if "lora_A" in n
+    }
+    assert adapted == set(model.config.targets)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--loss cls=1", "--loss clc", "--targets attn.nothing", "--groups 0"]
+)
+def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tmp_path, flags):
+    """An unknown loss, a target that matches nothing, no groups: refused before anything is trained."""
+    code = command(
+        monkeypatch, train, *words_of(refer_root, clip_file, tmp_path / "run", *flags.split())
+    )
+    assert code == 2 or ("attn.nothing" in code and "\n" not in code)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line, preset",
+    [
+        ("--dataset refcocog", "base"),
+        ("--dataset flickr30k", "base-flickr30k"),
+        ("--dataset refcoco referit", "base-mixture"),
+        ("--dataset referit --clip ViT-L/14", "large-referit"),
+        ("--dataset refcoco+ --clip ViT-L/14@336px", "large"),
+        ("--dataset refcoco refcoco+ --clip ViT-L/14", "large-mixture"),
+        ("--dataset shapes", "shapes"),
+    ],
+)
+def test_presets_by_data_set_and_model(monkeypatch, line, preset):
+    """Epochs, rates and batches follow from the data set and CLIP; flags go before them."""
+    seen = []
+    monkeypatch.setattr(train, "exit_with", lambda run, args: seen.append(args))
+    command(monkeypatch, train, *line.split())
+    command(monkeypatch, train, *line.split(), "--epochs", 7, "--groups", 2, "--without-bridges", 1)
+    usual, changed = seen
+    expected = train.PRESETS[preset]
+    assert usual.preset == preset and usual.epochs == list(expected.epochs)
+    assert (usual.lr, usual.batch_size) == (list(expected.rates), list(expected.batches))
+    assert usual.without_bridges == expected.without_bridges
+    assert (changed.epochs, changed.without_bridges) == ([7, 7, 7], 1)
+    assert changed.lr == list(expected.rates[:3])
+
+
+LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
+FULL_SIZES = {
+    "ViT-B/32": dict(patch_size=32),
+    "ViT-B/16": dict(),
+    "ViT-L/14": LARGE,
+    "ViT-L/14@336px": LARGE | dict(image_size=336),
+}
+SLOW = [pytest.param(n, marks=[pytest.mark.slow] * ("L" in n)) for n in FULL_SIZES]
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_full_sizes(name):
+    """Every CLIP of the table, full size, random weights: one step of stage 1 reaches all that trains,
+    and the merged model gives boxes."""
+    clip = CLIP(CLIPConfig(**FULL_SIZES[name]))
+    model = HiVG(HiVGConfig(stage=1), clip).train()
+    side, depth = clip.config.image_size, clip.config.vision_layers
+    images, tokens = torch.randn(2, 3, side, side), torch.randint(1, 49000, (2, 8))
+    tokens[:, -1] = 49407
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.3, 0.6, 0.2, 0.2]])
+    output = model(images, tokens, None, for_losses=True)
+    parts = train.losses(output, boxes, torch.arange(2), clip.logit_scale)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4)
+    train.update(optimizer, sum(w * parts[n] for n, w in train.LOSS_WEIGHTS.items()), 1e-4)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    blocks = clip.visual.transformer.resblocks
+    assert [len(block.attn.in_proj.lora_A) for block in blocks] == [1] * (depth // 3) + [0] * (
+        depth * 2 // 3
+    )
+    with torch.inference_mode():
+        found = model.eval().merge()(images, tokens).boxes
+    assert found.shape == (2, 4) and ((0 < found) & (found < 1)).all()
+
+
 def test_the_learning_rate(monkeypatch):
     """It rises to its top in the first steps, then falls as a cosine to almost 0, never below."""
     steps = 50 * train.WARMUP_STEPS
@@ -341,7 +449,7 @@ def bad_input_of_train(kind, refer_root, clip_file, folder):
 @pytest.mark.parametrize(
     "kind, says",
     [
-        ("no data root", "absent/refcoco/refs(unc).p"),
+        ("no data root", "refcoco/refs(unc).p"),
         ("unknown data set", "refcoco, refcoco+, refcocog"),
         ("unknown split", "train val testA testB"),
         ("split that is not there", "train, val, testA"),
