@@ -1,7 +1,8 @@
 """CLIP from scratch: the tokenizer, the two towers, and the reading of released weights as data.
 
 Reading order: Tokenizer (text -> ids), attend and Block (one pre-norm transformer block), VisionTransformer and CLIP
-(the towers; parameter names are those of OpenAI's files), then load_clip (archives, state dicts, downloads).
+(the towers; parameter names are those of OpenAI's files), download, then load_clip with what it reads: archives, state
+dicts, safetensors, Hugging Face's names.
 HiVG (hivg.py) walks through the blocks of these towers itself; nothing here knows of it.
 
     from clip_model import load_clip, tokenize
@@ -59,16 +60,13 @@ def replacing(path):
     """Give a temporary name beside `path`, renamed to `path` if all went well: never a half-written file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with explaining(f"{path} cannot be written", "name another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = getattr(error, "strerror", None) or error
-        raise HiVGError(f"{path} cannot be written ({reason}): name another place.") from error
 
 
 def exit_with(job, args):
@@ -371,7 +369,9 @@ def fetch_rest(url, part, size):
     try:
         reply = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # it has more than the whole file
+        if error.headers.get("Content-Range") == f"bytes */{size}":
+            return  # `part` has the whole file
+        if error.code == 416:  # it has more than that
             part.unlink()
         raise
     with reply:
@@ -561,7 +561,8 @@ def from_hugging_face(state, alpha=16):
     state = {re.sub(r"^(base_model\.model\.)+", "", name): t.float() for name, t in state.items()}
     for name in [name for name in state if ".lora_A." in name]:
         A, B = state.pop(name), state.pop(name.replace("lora_A", "lora_B"))
-        state[re.sub(r"lora_A\..*", "weight", name)] += alpha / len(A) * B @ A
+        name = re.sub(r"lora_A\..*", "weight", name)
+        state[name] = state[name] + alpha / len(A) * B @ A
     state = renamed(
         {name: t for name, t in state.items() if "position_ids" not in name}, HUGGING_FACE
     )

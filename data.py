@@ -8,7 +8,7 @@ Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `
 `jitter` (training's augmentation), `DATASETS` with the readers of the files they come in
 (`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the shapes data set, which is
 generated: tables of kinds, colours and words, `expression` (one sentence, proven true of exactly
-one shape), `make_scene` and `generate_shapes`; and last `check` and `get`, the two commands.
+one shape), `make_scene` and `generate_shapes`; and last the two commands, `check` and `get`, which is download.
 
 Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
 w, h: those are shares, 0 to 1, of the padded square.
@@ -192,8 +192,8 @@ def jitter(rng, image):
 # ------------------------------------------------------------------------------ the data sets' files
 
 COCO = (
-    "python data.py download fetches the annotations from web.archive.org and the pictures from "
-    "images.cocodataset.org"
+    "python data.py download fetches what is not there (from web.archive.org and "
+    "images.cocodataset.org); remove a damaged file first"
 )
 LISTS = "the index lists that github.com/linhuixiao/HiVG links to"
 REFERIT = (
@@ -373,10 +373,16 @@ FAMILIES = {
 }
 
 
+@functools.lru_cache(maxsize=2)  # refer's two files, which all splits are read from
+def parsed(path, read, changed):
+    with open(path, "rb") as file:
+        return read(file)
+
+
 def read_file(path, read, origin):
     """read(open file). Any failure is a HiVGError that says what the matter is and where to get it."""
-    with explaining(f"{path} cannot be read", origin), open(path, "rb") as file:
-        return read(file)
+    with explaining(f"{path} cannot be read", origin):
+        return parsed(path, read, os.stat(path).st_mtime_ns)
 
 
 def split_files(name, data_root):
@@ -401,7 +407,8 @@ def nothing_of(name, split, data_root, report=()):
     source = DATASETS[name]
     files = " or ".join(source.files.values()).replace("{}", split)
     what = f"{data_root} has no expressions of {name}, split {split!r} (of {source.splits})"
-    found = "; ".join(report) or f"looked for {files}, there and one folder below"
+    where = "there" if name == "own" else "there and one folder below"
+    found = "; ".join(report) or f"looked for {files}, {where}"
     if split_files(name, data_root):
         found += f"; it has {', '.join(available_splits(name, data_root))}"
     return HiVGError(f"{what}; {found}: {source.origin}.")
@@ -482,7 +489,10 @@ def read_samples(names, split, data_root):
     tested, samples, report = {}, [], []  # tested: the pictures of each set's other splits
     for name in names if split == "train" and len(names) > 1 else ():
         _, *others = DATASETS[name].splits.split()
-        tested[name] = {s.image for other in others for s in read_split(name, other, data_root)[0]}
+        held = {other: read_split(name, other, data_root)[0] for other in others}
+        tested[name] = {sample.image for samples in held.values() for sample in samples}
+        absent = [other for other, samples in held.items() if not samples]
+        report += [f"{name} {other} is not there to be kept out of training" for other in absent]
     for name, (own, _, notes) in readings.items():
         elsewhere = set().union(*(tested[other] for other in tested if other != name))
         kept = [sample for sample in own if sample.image not in elsewhere]
@@ -517,7 +527,7 @@ class GroundingDataset(torch.utils.data.Dataset):
     its picture in another set's val or tests is then left out.
 
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
-    is drawn for an item follows from the numbers of `set_epoch` and the index alone, never on the worker or on
+    is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the worker or from
     what was read before. cache keeps the resized pictures in memory (without augment only): for
     small data sets. `report` says what was left out of the files.
     """
@@ -944,7 +954,12 @@ def get(name, data_root):
     files, source = split_files(name, data_root), DATASETS[name]
     if "refer" not in source.files:
         raise HiVGError(f"{name} cannot be downloaded: {source.origin}.")
-    if len(files) < len(source.splits.split()):
+    beside = [
+        Path(path).with_name("instances.json")
+        for family, path in files.values()
+        if family == "refer"
+    ]
+    if len(files) < len(source.splits.split()) or not all(path.is_file() for path in beside):
         folder = os.path.dirname(source.files["refer"])
         try:
             fetch(UNC.format(source.stamp, folder), data_root, folder)

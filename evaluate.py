@@ -8,11 +8,12 @@
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
 Reading order: ground (one photograph), predict and evaluate (a split), attention_maps (where the model looked), speed, the
-pictures (sheet, contact_sheet, overlay, curve), run and main.
+pictures (sheet, contact_sheet, overlay, curve), evaluate_splits, run and main.
 """
 
 import argparse
 import json
+import math
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter as RawText
@@ -261,17 +262,18 @@ def curve(logs):
         from matplotlib import pyplot
     pyplot.switch_backend("agg")  # no window
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    starts = set()  # (epochs before it, stage)
     for log in logs:
         with explaining(f"{log} is no log of train.py", "name a run's log.jsonl"):
             lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
             done = np.cumsum([e["epoch"] >= 0 for e in lines])
             axes.plot(done, [e["acc"] for e in lines], ".-", label=Path(log).absolute().parent.name)
             axes.set(xlabel="epochs", ylabel=f"Acc@0.5 on {lines[-1]['split']}, %")
-            starts = [(d - 1, e["stage"]) for d, e in zip(done, lines) if e["epoch"] == 0]
-        for epochs, stage in starts:
-            title = {-1: "warm-up without bridges", 0: "warm-up"}.get(stage, f"stage {stage}")
-            axes.axvline(epochs, color="grey", linestyle=":")
-            axes.text(epochs, 1.02, title, rotation=30, transform=axes.get_xaxis_transform())
+            starts |= {(d - 1, e["stage"]) for d, e in zip(done, lines) if e["epoch"] == 0}
+    for epochs, stage in starts:
+        title = {-1: "warm-up without bridges", 0: "warm-up"}.get(stage, f"stage {stage}")
+        axes.axvline(epochs, color="grey", linestyle=":")
+        axes.text(epochs, 1.02, title, rotation=30, transform=axes.get_xaxis_transform())
     axes.legend()
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
@@ -303,6 +305,18 @@ def pick_device(name=None):
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explaining(f"There is no device {name} here", "leave --device out"):
         return torch.empty(0, device=name or best).device
+
+
+def at_least(low, kind=int):
+    """argparse's type of a number from `low` on."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value < math.inf:
+            raise ValueError
+        return value
+
+    return number
 
 
 def run(args):
@@ -342,18 +356,18 @@ def main():
     add("--text", nargs="+", help="what to find there; with --attention one text or more")
     add("--attention", action="store_true", help="draw where the model looked, a row for each text")
     one_of("--speed", action="store_true", help="or measure speed, size and cost")
-    add("--batch-size", type=int, default=32, help="of --speed (default: 32)")
+    add("--batch-size", type=at_least(1), default=32, help="of --speed (default: 32)")
     one_of("--curve", nargs="+", metavar="LOG", help="or draw the curves of runs' log.jsonl")
     add("--output", help="the picture to draw, or the folder of a data set's results")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--workers", type=int, default=0, help="processes that read photographs")
+    add("--workers", type=at_least(0), default=0, help="processes that read photographs")
     args = parser.parse_intermixed_args()
     rules = {
         "give a CHECKPOINT, but none for --curve": bool(args.checkpoint) != bool(args.curve),
         "--image and --text belong together": bool(args.image) == bool(args.text),
         "--attention is for --image": bool(args.image) or not args.attention,
         "without --attention give one --text": args.attention or len(args.text or ()) <= 1,
-        "--batch-size is 1 or more": args.batch_size >= 1,
+        "--split is for --dataset": bool(args.dataset) or not args.split,
     }
     for broken in [rule for rule, holds in rules.items() if not holds]:
         parser.error(broken)

@@ -20,7 +20,7 @@ from torch import nn
 
 import clip_model
 import lora
-from clip_model import CLIP, CLIPConfig, HiVGError, QuickGELU, Tokenizer, attend
+from clip_model import CLIP, HiVGError, QuickGELU, Tokenizer, attend
 
 TEXT_LAYERS = {  # the f^i that the bridges read, by data set in the authors' names; for others the last
     "unc+": (6, 12),
@@ -51,9 +51,7 @@ class HiVGConfig:
     std: tuple = clip_model.STD
     visual_layers: tuple = None  # V: their outputs are the multi-level features
     bridge_layers: tuple = None  # C: they hold a bridge
-    text_layers: tuple = (
-        None  # f^i that the bridges read; (): the projected text, one for all bridges, without w
-    )
+    text_layers: tuple = None  # f^i that the bridges read; (): of the projected text alone, no w
     grounding_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
@@ -227,7 +225,7 @@ class HiVG(nn.Module):
         n = len(config.text_layers)
         bridges = {str(layer): Bridge(sizes, n) for layer in config.bridge_layers}
         self.bridges = nn.ModuleDict(bridges)
-        self.mixed_proj = None if n else nn.Linear(D, d_v)  # of the text, for all bridges
+        self.mixed_proj = nn.Linear(D, d_v) if bridges and not n else None  # text, for all bridges
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
@@ -253,12 +251,15 @@ class HiVG(nn.Module):
         self.enter_stage(config.stage)
 
     def enter_stage(self, stage):
-        """Warm-up (-1: without bridges; 0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA). From
-        stage 0 on no output changes."""
+        """Warm-up (-1: without bridges; 0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA).
+
+        Fresh bridges and fresh pairs change no output.
+        """
         self.config.stage = stage
         self.requires_grad_(True)
         self.clip.requires_grad_(False)
-        self.bridges.requires_grad_(stage >= 0)
+        for part in filter(None, (self.bridges, self.mixed_proj)):
+            part.requires_grad_(stage >= 0)
         groups = {"none": 0, "vanilla": 1, "hilora": self.config.groups}[self.config.adapters]
         if groups:  # vanilla LoRA is HiLoRA of one group: its only pair comes in stage 1 and is trained to the end
             lora.enter_stage(self.clip.visual.transformer.resblocks, min(stage, groups), groups)
@@ -296,7 +297,7 @@ class HiVG(nn.Module):
             text = clip.project_text(states[-1])  # [B, T, D]
         features = [states[i - 1] for i in config.text_layers]
         bridges = self.bridges if config.stage >= 0 else {}
-        mixed = None if features else self.mixed_proj(text)  # [B, T, d_v]
+        mixed = self.mixed_proj(text) if self.mixed_proj else None  # [B, T, d_v]
 
         # the image tower, with LoRA in its self-attention and bridges to the text
         x = clip.visual.embed(images)  # [B, 1 + N, d_v]
@@ -412,7 +413,6 @@ def save_checkpoint(path, model, **more):
     content = {
         "format": "hivg-1",
         "config": asdict(model.config),
-        "clip_config": asdict(model.clip.config),
         "model": model.state_dict(),
         "vocabulary": (model.tokenizer or clip_model.clip_tokenizer()).merges_text,
         **more,
@@ -421,16 +421,12 @@ def save_checkpoint(path, model, **more):
         torch.save(content, temporary)
 
 
-BRIDGE = r"^visual\.transformer\.resblocks\.(\d+)\.cross_"
 AUTHORS_NAMES = (  # of the parameters in the authors' checkpoints, as patterns, and ours
-    (BRIDGE, lambda found: f"bridges.{int(found[1]) + 1}."),  # they count layers from 0
+    # they count layers from 0
+    (r"^clip\.visual\..*\.(\d+)\.cross_", lambda found: f"bridges.{int(found[1]) + 1}."),
     (r"^(bridges\.\d+)\.attn\b", r"\1.attention"),
     (r"^(bridges\.\d+)\.gate\b", r"\1.W_proj"),
     (r"^(bridges\.\d+)\.adaptive_weights\b", r"\1.w"),
-    (
-        r"^(visual\.|transformer\.|token_embedding|positional_|ln_final|text_projection|logit_)",
-        r"clip.\1",
-    ),
     (r"^vl_transformer\.encoder\.", ""),
     (r"^(layers\.\d+)\.self_attn\b", r"\1.attention"),
     (r"^(layers\.\d+)\.norm([12])\b", r"\1.norm_\2"),
@@ -444,10 +440,7 @@ AUTHORS_NAMES = (  # of the parameters in the authors' checkpoints, as patterns,
     (r"^vl_pos_embed\.weight", "positions"),
     (r"^condition_text_proj\b", "mixed_proj"),
 )
-AUTHORS_VISUAL = ("visu_proj", "ml_visual_projection")  # the second comes first
-AUTHORS_UNUSED = (
-    r"^(clip\.|ml_text_feat_perceiver|reg_pos_embed|condition_text_pos_embed|seg_conv\d)"
-)
+AUTHORS_UNUSED = r"ml_text_feat_perceiver|reg_pos_embed|condition_text_pos_embed|seg_conv\d"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -460,48 +453,56 @@ def from_authors(weights, settings):
         raise ValueError("its grounding encoder normalises after each part, ours before")
     towers = {n.removeprefix("clip."): t for n, t in weights.items() if n.startswith("clip.")}
     towers = clip_model.from_hugging_face(towers)
-    state = {n: t.float() for n, t in weights.items() if not re.match(AUTHORS_UNUSED, n)}
     clip_config = clip_model.config_from(towers)
-    state = clip_model.renamed(towers | state, AUTHORS_NAMES)
+    state = {n: t.float() for n, t in weights.items() if not n.startswith("clip.")}
+    state |= {f"clip.{name}": t for name, t in towers.items()}
+    state = clip_model.renamed(state, AUTHORS_NAMES)
+    layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("bridges.")})
+    text_layers = TEXT_LAYERS.get(settings["dataset"], (clip_config.text_layers,))
+    text_layers = () if settings["mixup_pretrain"] else text_layers
+    adaptive = settings["enable_adaptive_weights"] and text_layers
+    unused = [AUTHORS_UNUSED]
+    unused += [] if layers and not text_layers else ["mixed_proj"]
+    unused += [] if text_layers else [r"bridges\.\d+\.W_proj"]
+    unused += [] if adaptive else [r"bridges\.\d+\.w\."]
+    state = {n: t for n, t in state.items() if not re.match("|".join(unused), n)}
+
     # two maps with nothing between them are one
-    visu, ml = ([state.pop(f"{n}.{p}") for p in ("weight", "bias")] for n in AUTHORS_VISUAL)
-    state["visual_proj.weight"], state["visual_proj.bias"] = (
-        visu[0] @ ml[0],
-        visu[0] @ ml[1] + visu[1],
-    )
+    W, b = (state.pop(f"visu_proj.{part}") for part in ("weight", "bias"))
+    state["visual_proj.weight"] = W @ state.pop("ml_visual_projection.weight")
+    state["visual_proj.bias"] = W @ state.pop("ml_visual_projection.bias") + b
     state["reg_token"] = state["reg_token"][0]
     for name in [name for name in state if ".in_proj_" in name]:
         for part, rows in zip("qkv", state.pop(name).chunk(3)):
             state[name.replace("in_proj_", f"{part}_proj.")] = rows
-    layers = sorted({int(name.split(".")[1]) for name in state if name.startswith("bridges.")})
-    text_layers = TEXT_LAYERS.get(settings["dataset"], (clip_config.text_layers,))
-    text_layers = () if settings["mixup_pretrain"] else text_layers
-    unused = r"mixed_proj\." if text_layers else r"bridges\.\d+\.(w|W_proj)\."
-    state = {name: t for name, t in state.items() if not re.match(unused, name)}
-    none = torch.zeros(
-        clip_config.context_length, clip_config.text_width
-    )  # w, where it was left out
     for layer in layers if text_layers else ():
-        names = [f"bridges.{layer}.w.{i}.weight" for i in range(len(text_layers))]
-        state[f"bridges.{layer}.w"] = torch.stack([state.pop(name, none) for name in names])
+        w = torch.zeros(len(text_layers), clip_config.context_length, clip_config.text_width)
+        names = [f"bridges.{layer}.w.{i}.weight" for i in range(len(w))] if adaptive else ()
+        state[f"bridges.{layer}.w"] = torch.stack([state.pop(n) for n in names]) if names else w
     config = HiVGConfig(
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         visual_layers=usual_layers(clip_config.vision_layers, "336" in settings["model"])[0],
         bridge_layers=tuple(layers),
         text_layers=text_layers,
-        grounding_layers=len(
-            [name for name in state if re.fullmatch(r"layers.*norm_1.weight", name)]
-        ),
+        grounding_layers=settings["vl_enc_layers"],
         heads=settings["vl_nheads"],
         feedforward=len(state["layers.0.mlp.0.weight"]),
         region_width=len(state["region_mlp.0.weight"]),
         adapters="none",
         authors=True,
     )
+    return assembled(config, clip_config, state).requires_grad_(False)
+
+
+def assembled(config, clip_config, state, tokenizer=None):
+    """HiVG of these sizes with the weights of a state dict. Sizes that it does not have take neither memory nor time."""
+    if max(config.grounding_layers, config.groups, config.stage) > len(state):
+        raise ValueError("it claims more layers or stages than it has weights")
     with torch.device("meta"):
-        model = HiVG(config, CLIP(clip_config))
+        model = HiVG(config, CLIP(clip_config), tokenizer)
     model.load_state_dict(state, assign=True)
+    model.enter_stage(config.stage)  # folds the frozen pairs that were just read
     return model
 
 
@@ -517,17 +518,15 @@ def load_model(path):
             return from_authors(content["model"], vars(content["args"])), content
         if content["format"] != "hivg-1":
             raise ValueError(f"its format is {content['format']}")
-        tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
-        with torch.device("meta"):  # sizes that the weights do not have take no memory
-            clip = CLIP(CLIPConfig(**content["clip_config"]))
-            model = HiVG(HiVGConfig(**content["config"]), clip, tokenizer)
-        model.load_state_dict(content["model"], assign=True)
-        model.enter_stage(model.config.stage)  # folds the frozen pairs that were just read
-    return model, content
+        state, tokenizer = content["model"], Tokenizer(io.StringIO(content["vocabulary"]))
+        clip = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+        config = HiVGConfig(**content["config"])
+        return assembled(config, clip_model.config_from(clip), state, tokenizer), content
 
 
 def load_checkpoint(path, device="cpu"):
-    """HiVG from the project's own best.pt or last.pt: eval mode, LoRA merged, ready to ground.
+    """HiVG from the project's own best.pt or last.pt, or from a checkpoint of the authors' released code: eval mode, LoRA
+    merged, ready to ground.
 
     Raises HiVGError, naming the file, if it is missing, damaged or something else.
     """

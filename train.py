@@ -34,7 +34,7 @@ from tqdm import tqdm
 import clip_model
 import data
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, replacing
-from evaluate import evaluate, evaluate_splits, pick_device
+from evaluate import at_least, evaluate, evaluate_splits, pick_device
 from hivg import (
     LOSS_WEIGHTS,
     TEXT_LAYERS,
@@ -251,25 +251,36 @@ class Progress(NamedTuple):
 
 
 def start(args, device, context):
-    """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it."""
+    """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it. What `args` leave open is
+    filled in, from the preset for this CLIP and these data sets."""
     clip_path = args.clip or "ViT-B/16"
     if args.dataset == ["shapes"] and not args.clip:
         clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
     clip = clip_model.load_clip(str(clip_path))
     tokenizer = tokenizer_for(clip_path, clip.config.vocab_size)
     torch.manual_seed(args.seed)
-    name = "mixture" if len(args.dataset) > 1 else data.DATASETS[args.dataset[0]].index
-    mixed = name in ("mixture", "mixup")
-    counted = () if mixed else TEXT_LAYERS.get(name, (12,))  # as if there were twelve
+    kind = "mixture" if len(args.dataset) > 1 or args.dataset == ["mixup"] else args.dataset[0]
+    size = "large" if clip.config.vision_layers == 24 else "base"
+    usual = next(n for n in (kind, f"{size}-{kind}", size) if n in PRESETS)
+    preset = PRESETS[args.preset or usual]
+    args.preset = args.preset or usual
+    if args.without_bridges is None:
+        args.without_bridges = preset.without_bridges
+    stages = 1 + (args.groups or HiVGConfig.groups)
+    usual = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
+    for name, values in usual.items():
+        usual_values = [*values, *values[-1:] * stages][:stages]  # G may be another
+        setattr(args, name, getattr(args, name) or usual_values)
+    counted = TEXT_LAYERS.get(data.DATASETS[args.dataset[0]].index, (12,))  # as if of twelve
+    counted = () if kind == "mixture" else counted
     text_layers = tuple(sorted({math.ceil(i * clip.config.text_layers / 12) for i in counted}))
     chosen = {flag: getattr(args, flag) for flag in MODEL_FLAGS if getattr(args, flag) is not None}
-    chosen = {flag: tuple(v) if isinstance(v, list) else v for flag, v in chosen.items()}
-    config = HiVGConfig(**{"text_layers": text_layers} | PRESETS[args.preset].model | chosen)
+    config = HiVGConfig(**{"text_layers": text_layers} | preset.model | chosen)
     return HiVG(config, clip, tokenizer).to(device)
 
 
 def run(args):
-    """The whole job: data, model, the four stages, the evaluation of the best."""
+    """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
     output, device = Path(args.output), pick_device(args.device)
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
@@ -280,13 +291,12 @@ def run(args):
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
-    if not args.resume:
-        args.bf16 = bf16_pays(device)
+    args.bf16 = args.bf16 if args.resume else bf16_pays(device)
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     if not args.resume:
         model, optimizer_state = start(args, device, context), None
         progress = Progress(stage=-1 if args.without_bridges else 0)
-    model.to(device)
+    model.to(device).enter_stage(progress.stage)
     config, preset = model.config, PRESETS[args.preset]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = partial(data.GroundingDataset, data_root=args.data_root, **picture)
@@ -306,10 +316,9 @@ def run(args):
             print(f"  {name} {split:6} {'; '.join(words)}")
     if len(args.dataset) > 1:
         print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
-    print(
-        f"adapters {config.adapters}; epochs without bridges {args.without_bridges}, then by stage "
-    )
-    print(f"{args.epochs}, rates {args.lr}, batches {args.batch_size}; losses {args.losses}")
+    print(f"adapters {config.adapters}; losses {args.losses}")
+    print(f"epochs {args.without_bridges} without bridges, then by stage {args.epochs}; ", end="")
+    print(f"rates {args.lr}, batches {args.batch_size}")
     print(account(model), flush=True)
     with replacing(output / "config.json") as temporary:
         used = {"settings": vars(args), "model": asdict(config)}
@@ -354,9 +363,8 @@ def run(args):
         progress = Progress(stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
-    for name, there in splits.items():
-        tested = [split for split in there if split != "train"]
-        evaluate_splits(model, best, name, tested, args.data_root, output, args.workers)
+    for name in args.dataset:
+        evaluate_splits(model, best, name, None, args.data_root, output, args.workers)
 
 
 def loss_weight(text):
@@ -364,18 +372,14 @@ def loss_weight(text):
     name, _, weight = text.partition("=")
     if name not in LOSS_WEIGHTS:
         raise ValueError
-    return name, float(weight)
+    return name, at_least(0, float)(weight)
 
 
-def at_least(low):
-    """argparse's type of a whole number from `low` on."""
+class Layers(argparse.Action):
+    """Layers' numbers as a tuple in order, each once."""
 
-    def number(text):
-        if int(text) < low:
-            raise ValueError
-        return int(text)
-
-    return number
+    def __call__(self, parser, args, values, option):
+        setattr(args, self.dest, tuple(sorted(set(values))))
 
 
 def main():
@@ -390,7 +394,7 @@ def main():
     # what is trained, and how long: one value for all stages, or one for each
     add("--preset", choices=PRESETS, help="defaults of the following (default: by CLIP and data)")
     add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to G; 0: none")
-    add("--lr", type=float, nargs="+", help="top learning rates")
+    add("--lr", type=at_least(0, float), nargs="+", help="top learning rates")
     add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch")
     add("--without-bridges", type=at_least(0), help="epochs of a warm-up without bridges, before")
     add("--loss", type=loss_weight, nargs="+", metavar="NAME=WEIGHT", help=", ".join(LOSS_WEIGHTS))
@@ -400,10 +404,28 @@ def main():
     add("--groups", type=at_least(1), help="G of HiLoRA, and the number of stages (default: 3)")
     add("--rank", type=at_least(1), help="of LoRA (default: 32)")
     add("--targets", nargs="+", help="of LoRA: attn.in_proj attn.out_proj (default) and the like")
-    add("--visual-layers", type=at_least(1), nargs="+", help="V, the multi-level features")
-    add("--bridge-layers", type=at_least(1), nargs="+", help="C, the layers with a bridge")
+    add(
+        "--visual-layers",
+        type=at_least(1),
+        nargs="+",
+        action=Layers,
+        help="V, the multi-level features",
+    )
+    add(
+        "--bridge-layers",
+        type=at_least(1),
+        nargs="+",
+        action=Layers,
+        help="C, the layers with a bridge",
+    )
     add("--no-bridges", dest="bridge_layers", action="store_const", const=())
-    add("--text-layers", type=at_least(1), nargs="+", help="f^i that the bridges read")
+    add(
+        "--text-layers",
+        type=at_least(1),
+        nargs="+",
+        action=Layers,
+        help="f^i that the bridges read",
+    )
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
@@ -411,26 +433,20 @@ def main():
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--workers", type=at_least(0), help="processes that read photographs (default: 8 at most)")
     args = parser.parse_args()
+    args.dataset = list(dict.fromkeys(args.dataset))
     shapes = args.dataset == ["shapes"]
-    kind = "mixture" if len(args.dataset) > 1 else args.dataset[0].replace("mixup", "mixture")
-    size = "large" if "ViT-L" in str(args.clip) else "base"
-    usual = f"{size}-{kind}" if f"{size}-{kind}" in PRESETS else size
-    args.preset = args.preset or ("shapes" if shapes else usual)
     args.augment = not (shapes or args.no_augment)  # shapes are kept in memory: there are plenty
     args.output = args.output or f"runs/{'_'.join(args.dataset)}"
     if args.workers is None:
         args.workers = min(8, os.cpu_count()) if args.augment else 0
-    preset, stages = PRESETS[args.preset], 1 + (args.groups or HiVGConfig.groups)
-    if args.without_bridges is None:
-        args.without_bridges = preset.without_bridges
     args.losses = LOSS_WEIGHTS | dict(args.loss or ())
-    usual = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
-    for name, default in usual.items():
-        values = getattr(args, name) or [*default, *default[-1:] * stages][:stages]
-        if len(values) not in (1, stages):
+    stages = 1 + (args.groups or HiVGConfig.groups)
+    for name in ("epochs", "lr", "batch_size"):
+        values = getattr(args, name) or ()
+        if len(values) not in (0, 1, stages):
             what = f"--{name.replace('_', '-')} takes one value or {stages}, not {len(values)}"
             parser.error(what)
-        setattr(args, name, values * (stages // len(values)))
+        setattr(args, name, [*values] * (stages if len(values) == 1 else 1))
     exit_with(run, args)
 
 

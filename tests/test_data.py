@@ -634,7 +634,8 @@ def test_several_data_sets_at_once(tmp_path):
     texts = [sample.text for sample in both.samples]
     assert texts == [f"unc/unc_train.pth {n}" for n in (0, 4)] + ["gref_umd/gref_umd_train.pth 0"]
     assert [item["object"].item() for item in both] == [0, 1, 0]
-    refcoco, refcocog = both.report
+    absent, refcoco, refcocog = both.report
+    assert absent.startswith("refcoco testB is not there")
     assert refcoco.startswith("refcoco: 3 expr") and refcocog.startswith("refcocog: 2 expr")
     alone = GroundingDataset("refcoco", "train", tmp_path, 64)
     assert len(alone) == 5 and not alone.report

@@ -395,11 +395,12 @@ def test_a_checkpoint_that_is_none_is_told(tokenizer, tmp_path):
     lacking = {n: v for n, v in content["model"].items() if n != "norm.bias"}
     for name, changed in {
         "lacking": {"model": lacking},
-        "sizes": {"clip_config": content["clip_config"] | {"vision_width": 128}},
+        "depth": {"config": content["config"] | {"grounding_layers": 10**9}},
+        "stages": {"config": content["config"] | {"stage": 10**9, "groups": 10**9}},
         "fields": {"config": content["config"] | {"surprise": 1}},
         "layers": {"config": content["config"] | {"bridge_layers": (1, 99)}},
         "text layers": {"config": content["config"] | {"text_layers": (99,)}},
-        "giant": {"clip_config": content["clip_config"] | {"vocab_size": 10**12}},
+        "giant": {"config": content["config"] | {"feedforward": 10**12}},
         "vocabulary": {"vocabulary": 3},
         "adapters": {"config": content["config"] | {"adapters": "other"}},
     }.items():
@@ -458,9 +459,11 @@ def in_authors_names(model, stage, settings):
         parts["gate"] = getattr(bridge, "W_proj", torch.nn.Linear(64, 64))
         for part, module in parts.items():
             clip |= {f"{prefix}{part}.{n}": t for n, t in module.state_dict().items()}
-        if settings["enable_adaptive_weights"]:
-            for i, w in enumerate(getattr(bridge, "w", torch.ones(1, 77, 64))):
-                clip[f"{prefix}adaptive_weights.{i}.weight"] = w
+        ones = torch.ones(1, 77, 64)  # in the file, and not in use
+        for i, w in enumerate(
+            bridge.w if settings["enable_adaptive_weights"] and hasattr(bridge, "w") else ones
+        ):
+            clip[f"{prefix}adaptive_weights.{i}.weight"] = w
     for name in [name for name in clip if "_proj.weight" in name and "attn" in name]:
         A, B = torch.randn(8, clip[name].shape[1]), torch.randn(len(clip[name]), 8) * 0.1
         clip[name] = clip[name] - 16 / 8 * B @ A
@@ -492,7 +495,8 @@ def in_authors_names(model, stage, settings):
     state |= {"reg_token.weight": model.reg_token[None], "vl_pos_embed.weight": model.positions}
     for name in ("ml_text_feat_perceiver.bias", "reg_pos_embed.weight", "seg_conv2.weight"):
         state[name] = torch.zeros(3)
-    args = Namespace(model="ViT-B/16", vl_nheads=4, normalize_before=True, imsize=64, **settings)
+    args = dict(model="ViT-B/16", vl_nheads=4, vl_enc_layers=2, normalize_before=True, imsize=64)
+    args = Namespace(**args, **settings)
     content = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": -1, "val_accu": 0.5}
     return {k: v for k, v in content.items()} | {"args": args}
 

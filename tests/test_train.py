@@ -14,6 +14,7 @@ import torch
 from conftest import make_refer, plain_picture, tiny_clip, tiny_model
 from PIL import Image
 
+import clip_model
 import data
 import evaluate
 import train
@@ -225,7 +226,15 @@ def test_every_part_can_be_changed(monkeypatch, refer_root, clip_file, tmp_path,
 
 
 @pytest.mark.parametrize(
-    "flags", ["--loss cls=1", "--loss clc", "--targets attn.nothing", "--groups 0"]
+    "flags",
+    [
+        "--loss cls=1",
+        "--loss clc",
+        "--loss clc=nan",
+        "--lr -1",
+        "--targets attn.nothing",
+        "--groups 0",
+    ],
 )
 def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tmp_path, flags):
     """An unknown loss, a target that matches nothing, no groups: refused before anything is trained."""
@@ -242,25 +251,31 @@ def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tm
         ("--dataset refcocog", "base"),
         ("--dataset flickr30k", "base-flickr30k"),
         ("--dataset refcoco referit", "base-mixture"),
-        ("--dataset referit --clip ViT-L/14", "large-referit"),
-        ("--dataset refcoco+ --clip ViT-L/14@336px", "large"),
-        ("--dataset refcoco refcoco+ --clip ViT-L/14", "large-mixture"),
-        ("--dataset shapes", "shapes"),
+        ("--dataset referit --clip large.pt", "large-referit"),
+        ("--dataset refcoco+ --clip large.pt", "large"),
+        ("--dataset refcoco refcoco+ --clip large.pt", "large-mixture"),
+        ("--dataset mixup", "base-mixture"),
+        ("--dataset refcoco refcoco", "base"),
+        ("--dataset shapes --clip small.pt", "shapes"),
     ],
 )
-def test_presets_by_data_set_and_model(monkeypatch, line, preset):
-    """Epochs, rates and batches follow from the data set and CLIP; flags go before them."""
+def test_presets_by_data_set_and_model(monkeypatch, tokenizer, line, preset):
+    """Epochs, rates and batches follow from the data set and CLIP's depth; flags go before them."""
     seen = []
     monkeypatch.setattr(train, "exit_with", lambda run, args: seen.append(args))
     command(monkeypatch, train, *line.split())
     command(monkeypatch, train, *line.split(), "--epochs", 7, "--groups", 2, "--without-bridges", 1)
-    usual, changed = seen
-    expected = train.PRESETS[preset]
+    depth = 24 if "large" in line else 3
+    monkeypatch.setattr(clip_model, "load_clip", lambda path: tiny_clip(vision_layers=depth))
+    monkeypatch.setattr(train, "tokenizer_for", lambda *args: tokenizer)
+    models = [train.start(args, torch.device("cpu"), None) for args in seen]
+    (usual, changed), expected = seen, train.PRESETS[preset]
     assert usual.preset == preset and usual.epochs == list(expected.epochs)
     assert (usual.lr, usual.batch_size) == (list(expected.rates), list(expected.batches))
     assert usual.without_bridges == expected.without_bridges
     assert (changed.epochs, changed.without_bridges) == ([7, 7, 7], 1)
-    assert changed.lr == list(expected.rates[:3])
+    assert changed.lr == list(expected.rates[:3]) and models[1].config.groups == 2
+    assert bool(models[0].mixed_proj) == ("mixture" in preset)
 
 
 LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
