@@ -603,7 +603,7 @@ SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their
     "val": (240, (3, 4, 5), 6, EVERYTHING),
     "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (24_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
+    "train": (26_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
