@@ -69,11 +69,12 @@ class HiVGConfig:
     ADAPTERS = ("hilora", "vanilla", "none")
 
     def filled(self, clip_config):
-        """A copy without None: CLIP's own image size, layers V and C by its depth, its last text layer."""
+        """A copy without None: CLIP's own image size, layers V and C by its depth, its last text layer. Layers are in order."""
         V, C = usual_layers(clip_config.vision_layers, clip_config.image_size == 336)
-        known = {"image_size": clip_config.image_size, "text_layers": (clip_config.text_layers,)}
-        known |= {"visual_layers": V, "bridge_layers": C}
-        return replace(self, **{k: v for k, v in known.items() if getattr(self, k) is None})
+        usual = {"visual_layers": V, "bridge_layers": C, "text_layers": [clip_config.text_layers]}
+        chosen = {k: v if getattr(self, k) is None else getattr(self, k) for k, v in usual.items()}
+        layers = {name: tuple(sorted(set(numbers))) for name, numbers in chosen.items()}
+        return replace(self, image_size=self.image_size or clip_config.image_size, **layers)
 
 
 # ----------------------------------------------------------------------------------------------------- boxes

@@ -1,4 +1,4 @@
-"""Training: a warm-up and the three stages of HiLoRA, one after the other, each from the best of the one before.
+"""Training: a warm-up and the stages of HiLoRA, one after the other, each from the best of the one before.
 
     python train.py --dataset shapes                             # two CPU cores, nothing to download
     python train.py --dataset refcoco --data-root data           # COCO's images, refer's files, CLIP ViT-B/16
@@ -33,18 +33,10 @@ from tqdm import tqdm
 
 import clip_model
 import data
+import hivg
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, replacing
 from evaluate import at_least, evaluate, evaluate_splits, pick_device
-from hivg import (
-    LOSS_WEIGHTS,
-    TEXT_LAYERS,
-    HiVG,
-    HiVGConfig,
-    grid_positions,
-    load_model,
-    losses,
-    save_checkpoint,
-)
+from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
 
 
 class Preset(NamedTuple):
@@ -145,7 +137,7 @@ def see_patches(visual, images):
     variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
     rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
     visual.conv1.weight = nn.Parameter(rows.reshape(visual.conv1.weight.shape), False)
-    positions = grid_positions(images.shape[-1] // patch, width) - rows @ patches.mean(dim=0)
+    positions = hivg.grid_positions(images.shape[-1] // patch, width) - rows @ patches.mean(dim=0)
     visual.positional_embedding.data[1:] += positions
 
 
@@ -375,13 +367,6 @@ def loss_weight(text):
     return name, at_least(0, float)(weight)
 
 
-class Layers(argparse.Action):
-    """Layers' numbers as a tuple in order, each once."""
-
-    def __call__(self, parser, args, values, option):
-        setattr(args, self.dest, tuple(sorted(set(values))))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
@@ -404,28 +389,10 @@ def main():
     add("--groups", type=at_least(1), help="G of HiLoRA, and the number of stages (default: 3)")
     add("--rank", type=at_least(1), help="of LoRA (default: 32)")
     add("--targets", nargs="+", help="of LoRA: attn.in_proj attn.out_proj (default) and the like")
-    add(
-        "--visual-layers",
-        type=at_least(1),
-        nargs="+",
-        action=Layers,
-        help="V, the multi-level features",
-    )
-    add(
-        "--bridge-layers",
-        type=at_least(1),
-        nargs="+",
-        action=Layers,
-        help="C, the layers with a bridge",
-    )
+    add("--visual-layers", type=at_least(1), nargs="+", help="V, the multi-level features")
+    add("--bridge-layers", type=at_least(1), nargs="+", help="C, the layers with a bridge")
     add("--no-bridges", dest="bridge_layers", action="store_const", const=())
-    add(
-        "--text-layers",
-        type=at_least(1),
-        nargs="+",
-        action=Layers,
-        help="f^i that the bridges read",
-    )
+    add("--text-layers", type=at_least(1), nargs="+", help="f^i that the bridges read")
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
