@@ -198,6 +198,15 @@ class CLIPConfig:
     vocab_size: int = 49408
 
 
+LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
+SIZES = {  # of the released ones
+    "ViT-B/32": CLIPConfig(patch_size=32),
+    "ViT-B/16": CLIPConfig(),
+    "ViT-L/14": CLIPConfig(**LARGE),
+    "ViT-L/14@336px": CLIPConfig(336, **LARGE),
+}
+
+
 def attend(q, k, v, heads, mask=None, causal=False, dropout=0.0):
     """softmax(q k^T / sqrt(d / heads)) v, head by head.
 

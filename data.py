@@ -32,6 +32,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections import Counter
+from contextlib import contextmanager
 from operator import gt
 from pathlib import Path
 from stat import S_ISLNK
@@ -61,12 +62,12 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def load_image(path, upright=True):
-    """A picture file as a PIL image, RGB; of an animation, the first frame.
+@contextmanager
+def opened(path):
+    """A picture file as a PIL image that is not decoded yet.
 
-    upright: turn it as its EXIF rotation says. Right for a user's own photograph; the data sets'
-    boxes count in the pixels as stored, so their loader passes False.
-    Raises HiVGError for a file that is missing, empty, broken, no picture, or too large.
+    Raises HiVGError for a file that is missing, empty, no picture, or too large; and, where it is decoded
+    inside, broken.
     """
     with explaining(f"{path} cannot be read as a picture", "replace it"):
         if not os.path.getsize(path):
@@ -74,7 +75,18 @@ def load_image(path, upright=True):
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:  # the header's claim, nothing decoded yet
                 raise ValueError(f"more than {MOST_PIXELS:,} pixels")
-            return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+            yield image
+
+
+def load_image(path, upright=True):
+    """A picture file as a PIL image, RGB; of an animation, the first frame.
+
+    upright: turn it as its EXIF rotation says. Right for a user's own photograph; the data sets'
+    boxes count in the pixels as stored, so their loader passes False.
+    Raises HiVGError for a file that is missing, empty, broken, no picture, or too large.
+    """
+    with opened(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 
 # --------------------------------------------------------------------- the photograph in its square
@@ -126,6 +138,17 @@ def to_pixels(boxes, geometry):
 def cut(image, geometry):
     """The region of a PIL image, resized to `inner`, as PIL image."""
     return image.resize(geometry.inner[2:], Image.BILINEAR, box=geometry.region)
+
+
+def cut_reduced(image, geometry):
+    """The same of a PIL image that is not decoded yet, about as sharp: a JPEG is decoded at a half, a quarter or an eighth of
+    its size, as far as that is no less than the region needs. For training, where speed counts."""
+    (x1, _, x2, _), size = geometry.region, image.size
+    least = [math.ceil(side * geometry.inner[2] / (x2 - x1)) for side in size]
+    draft = image.draft(None, least)  # mode and box of the reduced picture; None if it is no JPEG
+    scale = draft[1][2] / size[0] if draft else 1
+    region = tuple(value * scale for value in geometry.region)
+    return cut(to_rgb(image), geometry._replace(region=region))
 
 
 def as_bytes(image):
@@ -526,14 +549,26 @@ class GroundingDataset(torch.utils.data.Dataset):
     name: a data set, or a list of them, whose samples follow one another. What of a train split has
     its picture in another set's val or tests is then left out.
 
+    read     bool: False if another sample stands here, as this one's picture cannot be read (skip_bad)
+
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
     is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the worker or from
     what was read before. cache keeps the resized pictures in memory (without augment only): for
-    small data sets. `report` says what was left out of the files.
+    small data sets. skip_bad: instead of a sample whose picture cannot be read, take the next one. `report` says
+    what was left out of the files.
     """
 
     def __init__(
-        self, name, split, data_root, image_size=224, augment=False, cache=False, mean=MEAN, std=STD
+        self,
+        name,
+        split,
+        data_root,
+        image_size=224,
+        augment=False,
+        cache=False,
+        skip_bad=False,
+        mean=MEAN,
+        std=STD,
     ):
         self.split, names = split, [name] if isinstance(name, str) else name
         self.samples, self.report = read_samples(names, split, data_root)
@@ -541,50 +576,81 @@ class GroundingDataset(torch.utils.data.Dataset):
         self.objects = [numbers.setdefault((s.image, s.box), len(numbers)) for s in self.samples]
         self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
         self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
-        self.numbers = (0,)
+        self.skip_bad = skip_bad
+        self.numbers = torch.zeros(3, dtype=torch.long).share_memory_()  # workers see changes
 
     def __len__(self):
         return len(self.samples)
 
-    def set_epoch(self, *numbers):
-        """Before each epoch, and before its workers start: what its augmentation follows from."""
-        self.numbers = numbers
+    def set_epoch(self, seed, stage, epoch):
+        """Before each epoch, and before its first item is asked for: what its augmentation follows from."""
+        self.numbers.copy_(torch.tensor((seed, stage, epoch)))
 
     def read(self, sample, index):
         """The sample's picture, cut and resized, uint8 [3, h, w]; and its Geometry."""
         if self.cache is not None and sample.image in self.cache:
             return self.cache[sample.image]
-        image = load_image(sample.image, upright=False)
-        if sample.size not in (None, image.size):
-            what = "{} has {} x {} pixels, its annotations are for {} x {}: get the original."
-            raise HiVGError(what.format(sample.image, *image.size, *sample.size))
-        if self.augment:
-            rng = np.random.default_rng([*self.numbers, index])
-            geometry = random_geometry(rng, image.size, sample.box, sample.text, self.image_size)
-            image = cut(image, geometry)
-            return as_bytes(jitter(rng, image) if rng.random() < 0.8 else image), geometry
-        geometry = letterbox((0, 0, *image.size), self.image_size)
-        pixels = as_bytes(cut(image, geometry))
+        with opened(sample.image) as image:
+            if sample.size not in (None, image.size):
+                what = "it has {} x {} pixels, its annotations are for {} x {}"
+                raise ValueError(what.format(*image.size, *sample.size))
+            if self.augment:
+                rng = np.random.default_rng([*self.numbers.tolist(), index])
+                like = sample.box, sample.text, self.image_size
+                geometry = random_geometry(rng, image.size, *like)
+                image = cut_reduced(image, geometry)
+                return as_bytes(jitter(rng, image) if rng.random() < 0.8 else image), geometry
+            geometry = letterbox((0, 0, *image.size), self.image_size)
+            pixels = as_bytes(cut(to_rgb(image), geometry))
         if self.cache is not None:
             self.cache[sample.image] = pixels, geometry
         return pixels, geometry
 
     def __getitem__(self, index):
-        index = range(len(self.samples))[index]
-        sample = self.samples[index]
-        pixels, geometry = self.read(sample, index)
+        asked = index = range(len(self.samples))[index]
+        while True:
+            sample = self.samples[index]
+            try:
+                pixels, geometry = self.read(sample, index)
+                break
+            except HiVGError:
+                index = (index + 1) % len(self.samples)
+                if not self.skip_bad or index == asked:  # or there is none that can be read
+                    raise
         image, padding = in_square(pixels, geometry, self.mean, self.std)
         box, number = to_square(sample.box, geometry), torch.tensor(self.objects[index])
         item = {"image": image, "padding": padding, "text": sample.text}
-        return {**item, "box": box, "object": number}
+        return {**item, "box": box, "object": number, "read": index == asked}
 
 
-def batches(dataset, batch_size, workers=0, train=False):
-    """A DataLoader: batches are dicts with the names of the items, tensors [B, ...] and a list of str.
-    train: in random order, the incomplete last one left out."""
-    drop_last = train and len(dataset) > batch_size
+def undisturbed(worker):
+    """Of a loader's worker: Ctrl-C and SIGTERM, which may reach all processes, are for the one that trains."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def batches(dataset, lists, workers=0, pin_memory=False):
+    """A DataLoader of batches, dicts with the names of the items: tensors [B, ...] and a list of str. `lists` has the indices
+    of each batch, and may be changed between two passes, while its workers stay."""
+    usual = dict(num_workers=workers, worker_init_fn=undisturbed, persistent_workers=workers > 0)
     loader = torch.utils.data.DataLoader
-    return loader(dataset, batch_size, train, num_workers=workers, drop_last=drop_last)
+    return loader(dataset, batch_sampler=lists, pin_memory=pin_memory, **usual)
+
+
+def seed_from(*numbers):
+    """A seed that follows from whole numbers, and differs where one of them does."""
+    return int(np.random.default_rng(numbers).integers(2**62))
+
+
+def shuffled(numbers, samples, size, parts=1):
+    """The batches of an epoch, LongTensor [batches, parts, size] of indices, in an order that follows from `numbers`.
+
+    A batch of `size` for each of the parts (processes): together they see what one would see in larger batches. What is left
+    over at the end waits for another epoch.
+    """
+    generator = torch.Generator().manual_seed(seed_from(*numbers))
+    order = torch.randperm(samples, generator=generator)
+    return order[: samples // (size * parts) * size * parts].view(-1, parts, size)
 
 
 def cut_to_longest(tokens, multiple=4):

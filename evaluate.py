@@ -4,23 +4,30 @@
     python evaluate.py runs/refcoco/best.pt --dataset refcoco --split testA --data-root data
     python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man in the red jacket" --output found.jpg
     python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man on the left" "the dog" --attention
-    python evaluate.py runs/refcoco/best.pt --speed --batch-size 32
+    python evaluate.py runs/refcoco/best.pt --benchmark --batch-size 32
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground (one photograph), predict and evaluate (a split), attention_maps (where the model looked), speed, the
+Reading order: ground (one photograph), predict and summary (a split), attention_maps (where the model looked), benchmark, the
 pictures (sheet, contact_sheet, overlay, curve), evaluate_splits, run and main.
 """
 
 import argparse
+import functools
+import io
 import json
 import math
+import os
+import re
 import sys
 import textwrap
 from argparse import RawDescriptionHelpFormatter as RawText
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
@@ -28,10 +35,62 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from clip_model import HiVGError, attend, exit_with, explaining, replacing
-from hivg import box_iou, cxcywh_to_xyxy, load_model
+from clip_model import CLIP, SIZES, HiVGError, Tokenizer, attend, exit_with, explaining, replacing
+from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, load_model
 
 LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (poster, Fig. 6 c)
+
+# ------------------------------------------------------------------------------------ device and processes
+
+
+def pick_device(name=None):
+    """The device asked for, or the best there is: cuda, mps, cpu. Float32 products on a GPU are made in TF32."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with explaining(f"There is no device {name} here", "leave --device out"):
+        device = torch.empty(0, device=name or best).device
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    return device
+
+
+def rank():
+    """Number of this process, 0 if it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    """How many work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def joined(name=None):
+    """Gives the device to work on, see `pick_device`. The processes that torchrun started are joined: each has a GPU of its
+    own, if there are any, and all but the first print nothing.
+
+    If another of them fails, that is a HiVGError.
+    """
+    device = pick_device(name)
+    if "LOCAL_RANK" not in os.environ:  # not of torchrun
+        yield device
+        return
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=1))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield device
+    except RuntimeError as error:
+        if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise
+        what = f"Process {rank()} of {processes()} has lost another one ({str(error)[:200]})"
+        raise HiVGError(f"{what}: see what that one says, and go on with --resume.") from error
+    dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------- boxes and accuracy
 
 
 @torch.inference_mode()
@@ -49,19 +108,34 @@ def ground(model, image, text):
     return tuple(data.to_pixels(box.cpu(), geometry).tolist())
 
 
+def inputs_of(model, batch):
+    """A batch of data.py as HiVG takes it, on its device: images, tokens, padding."""
+    device = next(model.parameters()).device
+    tokens = data.cut_to_longest(model.tokenize(batch["text"]))
+    inputs = batch["image"], tokens, batch["padding"]
+    return tuple(each.to(device, non_blocking=True) for each in inputs)
+
+
 @torch.inference_mode()
 def predict(model, dataset, batch_size=64, workers=0):
-    """Boxes of a whole data set, in its order: (predicted, true), each [len(dataset), 4] as cx, cy, w, h."""
-    device, was_training = next(model.parameters()).device, model.training
+    """Boxes of a whole data set, in its order: (predicted, true, read); the first two [len(dataset), 4] as cx, cy, w, h, read
+    [len(dataset)] bool, False where the picture could not be read and another stands in its place.
+
+    Of several processes each predicts its share, every sample once, and all get the whole.
+    """
+    was_training = model.training
     model.eval()
-    found, true = [], []
-    for batch in tqdm(data.batches(dataset, batch_size, workers), "  evaluating", leave=False):
-        tokens = data.cut_to_longest(model.tokenize(batch["text"]))
-        inputs = (each.to(device) for each in (batch["image"], tokens, batch["padding"]))
-        found.append(model(*inputs).boxes.cpu())
-        true.append(batch["box"])
+    share = list(range(rank(), len(dataset), processes()))
+    lists = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    rows = torch.zeros(len(dataset), 9)
+    loader = data.batches(dataset, lists, workers, next(model.parameters()).is_cuda)
+    for indices, batch in zip(lists, tqdm(loader, "  evaluating", leave=False, disable=rank() > 0)):
+        found = model(*inputs_of(model, batch)).boxes.cpu()
+        rows[indices] = torch.cat([found, batch["box"], batch["read"][:, None]], dim=1)
     model.train(was_training)
-    return torch.cat(found), torch.cat(true)
+    if processes() > 1:
+        dist.all_reduce(rows)  # the sum: all but one have zeros in a row
+    return rows[:, :4], rows[:, 4:8], rows[:, 8].bool()
 
 
 def ious(found, true):
@@ -76,17 +150,25 @@ def score(iou):
 
 
 def evaluate(model, dataset, workers=0):
-    """{"split", "expressions", "acc", "miou", "lengths"} of a split; acc is Acc@0.5, both in percent.
+    """The `summary` of a split."""
+    return summary(dataset, *predict(model, dataset, workers=workers))
+
+
+def summary(dataset, found, true, read):
+    """{"split", "expressions", "acc", "miou", "lengths"} of a split and its boxes as `predict` gives them; acc is Acc@0.5, both
+    in percent. What could not be read counts nowhere but as "skipped", which is there if that happened.
 
     lengths is {"1-5": {"expressions", "acc"}, ...}, the same by number of words.
     """
-    iou = ious(*predict(model, dataset, workers=workers))
-    bins = np.digitize([len(sample.text.split()) for sample in dataset.samples], (6, 8, 11))
+    iou, skipped = ious(found, true)[read], len(read) - int(read.sum())
+    words = torch.tensor([len(sample.text.split()) for sample in dataset.samples])[read]
+    bins = torch.bucketize(words, torch.tensor((6, 8, 11)), right=True)
     return {
         "split": dataset.split,
         **score(iou),
         "miou": round(100 * iou.mean().item(), 2),
         "lengths": {name: score(iou[bins == number]) for number, name in enumerate(LENGTHS)},
+        **({"skipped": skipped} if skipped else {}),
     }
 
 
@@ -139,40 +221,80 @@ def attention_maps(model, image, text):
     return {name: weights.view(model.grid, -1).cpu() for name, weights in maps.items()}
 
 
-SECONDS = 2.0  # of measuring, at least, for each speed
+# --------------------------------------------------------------------------------------------- benchmark
+
+SECONDS = 2.0  # of measuring, at least, for each time
+
+
+def seconds(job):
+    """The median time that a job takes, warm."""
+    timer = Timer("job()", globals={"job": job}, num_threads=torch.get_num_threads())
+    once = timer.blocked_autorange(min_run_time=0).median
+    return timer.blocked_autorange(min_run_time=max(SECONDS, 10 * once)).median
+
+
+def matrix_peak(device, dtype):
+    """FLOP/s of a large matrix product, which nothing on this machine goes beyond."""
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / seconds(lambda: matrix @ matrix)
+
+
+def measured(what, job, images, device, peak):
+    """A row of the benchmark's table: times, operations (2 a multiply-add) and memory of a job that does so many images."""
+    # attention written out: fused kernels are not counted on every device
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        job()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    time, flops = seconds(job), counter.get_total_flops()
+    speed, share = images / time, 100 * flops / time / peak
+    return what, images, 1e3 * time, speed, flops / images / 1e9, share, peak_memory(device) / 2**20
+
+
+def print_benchmark(rows, peak):
+    """The rows of `measured` as a table."""
+    print(f"a matrix product here: {peak / 1e9:,.0f} GFLOP/s, which is 100 % MFU")
+    print(
+        f"{'':24} {'batch':>6} {'ms':>9} {'images/s':>9} {'GFLOPs/image':>13} {'MFU %':>6} {'MiB':>8}"
+    )
+    for row in rows:
+        print("{:24} {:6} {:9.1f} {:9,.1f} {:13.2f} {:6.1f} {:8,.0f}".format(*row))
+
+
+def random_model(name):
+    """HiVG of CLIP's size `name`, a key of SIZES, in stage 3, with random weights and the letters as vocabulary."""
+    model = HiVG(HiVGConfig(), CLIP(SIZES[name]), Tokenizer(io.StringIO("# no merges")))
+    for stage in (1, 2, 3):
+        model.enter_stage(stage)
+    return model
+
+
+def synthetic(model, count):
+    """A batch of made-up items, as data.py gives them: expressions of 15 words, a third of the squares padding."""
+    S = model.config.image_size
+    padding = torch.zeros(count, S, S, dtype=torch.bool)
+    padding[:, S * 5 // 6 :] = padding[:, : S // 6] = True
+    boxes, text = (
+        torch.tensor([[0.5, 0.5, 0.3, 0.4]]).repeat(count, 1),
+        "a b c d e f g h i j k l m n o",
+    )
+    batch = {"image": torch.randn(count, 3, S, S), "padding": padding, "text": [text] * count}
+    return batch | {"box": boxes, "object": torch.arange(count)}
 
 
 @torch.inference_mode()
-def speed(model, batch_size):
-    """{what: number} of a model as load_model gives it: speed, size and cost. It is merged and frozen here.
-
-    A frame, prepared pixels and the tokens of 10 words, goes from the CPU to the device, and its box back (poster, Fig. 6 a).
-    """
-    device, S = next(model.parameters()).device, model.config.image_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+def inference_rows(model, batch_size, peak):
+    """Rows of the benchmark: boxes of one image (poster, Fig. 6 a) and of a batch; images come from the CPU, boxes go back.
+    The model is merged and frozen here."""
     # frozen: the counter of FLOPs stumbles over slices of parameters that are trained
     model.merge().eval().requires_grad_(False)
-    tokens = data.cut_to_longest(model.tokenize("the red circle left of the one big blue square"))
-    frame = torch.zeros(1, 3, S, S), tokens, torch.zeros(1, S, S, dtype=torch.bool)
-
-    def rate(count):
-        """Frames per second, `count` at once: from the median time, warm."""
-        frames = [each.repeat_interleave(count, dim=0) for each in frame]
-        job = {"job": lambda: model(*(each.to(device) for each in frames)).boxes.cpu()}
-        timer = Timer("job()", globals=job, num_threads=torch.get_num_threads())
-        return count / timer.blocked_autorange(min_run_time=SECONDS).median
-
-    # attention written out: fused kernels are not counted on every device
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(*(each.to(device) for each in frame))
-    return {
-        "frames per second, one by one": rate(1),
-        f"images per second, {batch_size} at once": rate(batch_size),
-        f"parameters trained in stage {model.config.stage}": trained,
-        "parameters in all": sum(p.numel() for p in model.parameters()),
-        "GFLOPs an image, 2 a multiply-add": counter.get_total_flops() / 1e9,
-        "peak memory, MiB": peak_memory(device) / 2**20,
-    }
+    device, rows = next(model.parameters()).device, []
+    for count in dict.fromkeys((1, batch_size)):
+        batch = synthetic(model, count)
+        job = functools.partial(lambda batch: model(*inputs_of(model, batch)).boxes.cpu(), batch)
+        rows.append(measured("inference", job, count, device, peak))
+    return rows
 
 
 def peak_memory(device):
@@ -219,21 +341,21 @@ def sheet(panels, columns, side=240):
     return drawn
 
 
-def contact_sheet(model, dataset, path, count=24):
-    """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7.
+def contact_sheet(dataset, found, true, read, path, count=24):
+    """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7: boxes as `predict` gives them.
 
     Green is the true box, red the one found; below each their IoU and the expression.
     """
-    chosen = sorted({i * len(dataset) // count for i in range(count)})
-    found, true = predict(model, torch.utils.data.Subset(dataset, chosen))
-    panels = []
-    for index, box, overlap in zip(chosen, found, ious(found, true)):
+    there, panels, overlaps = read.nonzero().flatten().tolist(), [], ious(found, true)
+    for index in [
+        there[place] for place in sorted({i * len(there) // count for i in range(count)})
+    ]:
         sample = dataset.samples[index]
         picture = data.load_image(sample.image, upright=False)
-        geometry = data.letterbox((0, 0, *picture.size), model.config.image_size)
+        geometry = data.letterbox((0, 0, *picture.size), dataset.image_size)
         draw_box(picture, sample.box, TRUE_COLOUR)
-        draw_box(picture, data.to_pixels(box, geometry).tolist(), FOUND_COLOUR)
-        panels.append((picture, f"{overlap:.2f}  {sample.text}"))
+        draw_box(picture, data.to_pixels(found[index], geometry).tolist(), FOUND_COLOUR)
+        panels.append((picture, f"{overlaps[index]:.2f}  {sample.text}"))
     save(sheet(panels, columns=6), path)
 
 
@@ -279,17 +401,27 @@ def curve(logs):
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
-def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0):
+def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0, skip_bad=False):
     """Evaluate splits of a data set, by default all but train; print the table, write results_NAME.json and a contact sheet
-    for each split into `output`."""
+    for each split into `output`. skip_bad: leave out pictures that cannot be read."""
     rows, config = [], model.config
     splits = splits or [s for s in data.available_splits(name, data_root) if s != "train"]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-    for dataset in [data.GroundingDataset(name, s, data_root, **picture) for s in splits]:
+    read = functools.partial(data.GroundingDataset, name, data_root=data_root, skip_bad=skip_bad)
+    for dataset in [read(split=split, **picture) for split in splits]:
+        boxes = predict(model, dataset, workers=workers)
+        rows.append(summary(dataset, *boxes))
+        if rank():
+            continue
         for note in dataset.report:
             print(f"{dataset.split}: {note}")
-        rows.append(evaluate(model, dataset, workers))
-        contact_sheet(model, dataset, output / f"{name}_{dataset.split}.png")
+        if "skipped" in rows[-1]:
+            print(
+                "{split}: {skipped:,} expressions skipped: no readable picture".format(**rows[-1])
+            )
+        contact_sheet(dataset, *boxes, output / f"{name}_{dataset.split}.png")
+    if rank():
+        return
     print(table(rows))
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
     with replacing(output / f"results_{name}.json") as temporary:
@@ -298,13 +430,6 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
 
 
 # --------------------------------------------------------------------------------------------- command line
-
-
-def pick_device(name=None):
-    """The device asked for, or the best there is: cuda, mps, cpu."""
-    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    with explaining(f"There is no device {name} here", "leave --device out"):
-        return torch.empty(0, device=name or best).device
 
 
 def at_least(low, kind=int):
@@ -322,15 +447,38 @@ def at_least(low, kind=int):
 def run(args):
     if args.curve:
         return save(curve(args.curve), args.output or "curve.png")
-    model = load_model(args.checkpoint)[0].to(pick_device(args.device))
-    if args.speed:
-        print(f"{args.checkpoint} on {next(model.parameters()).device}")
-        rows = speed(model, args.batch_size).items()
-        return print("\n".join(f"{what:36} {round(number, 2):14,}" for what, number in rows))
-    model.merge().eval()
-    if args.dataset is not None:
-        where = args.split, args.data_root, Path(args.output or args.checkpoint.parent)
-        return evaluate_splits(model, args.checkpoint, args.dataset, *where, args.workers)
+    with (
+        joined(args.device) as device,
+        torch.autocast(device.type, torch.bfloat16, enabled=args.bf16),
+    ):
+        name = str(args.checkpoint)
+        made_up = args.benchmark and name in SIZES
+        model = random_model(name) if made_up else load_model(name)[0]
+        model.to(device)
+        if args.benchmark:
+            benchmark(model, name, args.batch_size, args.bf16)
+        elif args.dataset is not None:
+            where = args.split, args.data_root, Path(args.output or args.checkpoint.parent)
+            how = args.workers, args.skip_bad_images
+            evaluate_splits(model.merge(), name, args.dataset, *where, *how)
+        else:
+            show(model.merge(), args)
+
+
+def benchmark(model, name, batch_size, bf16):
+    """Print size and speed of a model, a checkpoint's or of random weights."""
+    device = next(model.parameters()).device
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    counts = sum(n for n, trained in parameters if trained), sum(n for n, _ in parameters)
+    print("parameters trained in stage {}: {:,} of {:,}".format(model.config.stage, *counts))
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    peak = matrix_peak(device, dtype)
+    print(f"{name} on {device}, {dtype}; ", end="")
+    print_benchmark(inference_rows(model, batch_size, peak), peak)
+
+
+def show(model, args):
+    """Find each text in a photograph and draw it; with --attention also where the model looked."""
     image, panels = data.load_image(args.image), []
     for text in args.text:
         box, found = ground(model, image, text), image.copy()
@@ -348,15 +496,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("checkpoint", nargs="?", type=Path, help="of train.py or HiVG's authors; not for --curve")
+    add(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="of train.py or HiVG's authors; for --benchmark also a CLIP's name",
+    )
     one_of("--dataset", help="evaluate this data set")
     add("--split", nargs="+", help="these splits of it (default: all but train)")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     one_of("--image", help="or find something in this photograph")
     add("--text", nargs="+", help="what to find there; with --attention one text or more")
     add("--attention", action="store_true", help="draw where the model looked, a row for each text")
-    one_of("--speed", action="store_true", help="or measure speed, size and cost")
-    add("--batch-size", type=at_least(1), default=32, help="of --speed (default: 32)")
+    one_of("--benchmark", action="store_true", help="or measure speed, size and cost")
+    add("--batch-size", type=at_least(1), default=32, help="of --benchmark (default: 32)")
+    add("--bf16", action="store_true", help="faster on many GPUs; boxes differ a little")
+    add("--skip-bad-images", action="store_true", help="leave out what cannot be read")
     one_of("--curve", nargs="+", metavar="LOG", help="or draw the curves of runs' log.jsonl")
     add("--output", help="the picture to draw, or the folder of a data set's results")
     add("--device", help="cuda, mps or cpu (default: the best there is)")

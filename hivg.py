@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import clip_model
 import lora
@@ -211,6 +212,9 @@ class HiVG(nn.Module):
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config.filled(clip.config), tokenizer
+        self.checkpointing = (
+            False  # layers computed again in the backward pass: slower, less memory
+        )
         config = self.config
         clip.resize(config.image_size)
         sizes, depth = clip.config, clip.config.vision_layers
@@ -304,11 +308,8 @@ class HiVG(nn.Module):
         x = clip.visual.embed(images)  # [B, 1 + N, d_v]
         levels = []
         for number, block in enumerate(clip.visual.transformer.resblocks, start=1):
-            x = x + block.attn(block.ln_1(x))
-            if str(number) in bridges:
-                bridge = bridges[str(number)]
-                x = bridge(x, bridge.read(features) if features else mixed, bridge_padding)
-            x = x + block.mlp(block.ln_2(x))
+            bridge = bridges[str(number)] if str(number) in bridges else None
+            x = self.run(self.visual_layer, x, block, bridge, features, mixed, bridge_padding)
             if number in config.visual_layers:
                 levels.append(x)
         visual = self.visual_proj(torch.cat(levels, dim=-1))  # [B, 1 + N, D]
@@ -320,7 +321,7 @@ class HiVG(nn.Module):
         unpadded = patch_padding.new_zeros(B, 2)  # [REG] and [CLS]
         key_padding = torch.cat([unpadded, patch_padding, text_padding], dim=1)  # [B, 2 + N + T]
         for layer in self.layers[:-1]:
-            z = layer(z, positions, key_padding)
+            z = self.run(layer, z, positions, key_padding)
         z = self.norm(self.layers[-1](z, positions, key_padding, queries=None if for_losses else 1))
         boxes = self.box_head(z[:, 0]).float().sigmoid()  # [B, 4]
         if not for_losses:
@@ -337,6 +338,19 @@ class HiVG(nn.Module):
             image_vectors=F.normalize(image_vectors.float(), dim=-1),
             text_vectors=F.normalize(text[rows, ends].float(), dim=-1),
         )
+
+    def visual_layer(self, x, block, bridge, features, mixed, padding):
+        """One layer of CLIP's image tower with the bridge that it may hold: x [B, 1 + N, d_v], features a list of f^i
+        [B, T, d_t], mixed [B, T, d_v] where there are none, padding [B, T] -> [B, 1 + N, d_v]."""
+        x = x + block.attn(block.ln_1(x))
+        if bridge:
+            x = bridge(x, bridge.read(features) if features else mixed, padding)
+        return x + block.mlp(block.ln_2(x))
+
+    def run(self, layer, *inputs):
+        """layer(*inputs), which keeps nothing for the backward pass but its inputs if `checkpointing` is on."""
+        again = self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
 
     def pad_patches(self, padding, images):
         """padding [B, S, S] -> [B, N]: True for the patches that lie wholly in the padding (D14)."""

@@ -16,18 +16,26 @@ import json
 import math
 import os
 import re
+import shutil
+import signal
+import sys
+import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter as RawText
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
+from operator import add, mul
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -35,7 +43,21 @@ import clip_model
 import data
 import hivg
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, replacing
-from evaluate import at_least, evaluate, evaluate_splits, pick_device
+from evaluate import (
+    at_least,
+    evaluate,
+    evaluate_splits,
+    inference_rows,
+    inputs_of,
+    joined,
+    matrix_peak,
+    measured,
+    print_benchmark,
+    processes,
+    random_model,
+    rank,
+    synthetic,
+)
 from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
 
 
@@ -87,16 +109,13 @@ WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
 # the rate rises to its top in so many steps of a stage, or in a tenth of it if that is less (D4)
 WARMUP_STEPS = 200
+READ_EVERY = 20  # steps: to look at the losses, the CPU has to wait for the GPU
+SAVE_EVERY = 600  # seconds within an epoch
 
 SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
     80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
 )
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
-
-
-def set_seed(*numbers):
-    """Let all that is random from here on follow from these numbers alone, resumed or not."""
-    torch.manual_seed(int(np.random.default_rng(numbers).integers(2**62)))
 
 
 def rate(step, steps, top):
@@ -105,15 +124,20 @@ def rate(step, steps, top):
     return top * warmup * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def update(optimizer, loss, learning_rate):
-    """One optimiser step down the gradient of `loss`, clipped to MAX_NORM."""
+def update(optimizer, learning_rate, loss):
+    """One optimiser step with the gradients that are there, clipped to MAX_NORM; then they are cleared.
+
+    If the loss or a gradient is not finite, nothing changes. Returns whether it is, a bool tensor: nothing waits for a GPU.
+    """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    optimizer.zero_grad()
-    loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+    finite = torch.isfinite(loss + norm)
+    optimizer.found_inf = (~finite).float()  # a fused optimiser does nothing where this is 1
     optimizer.step()
+    optimizer.zero_grad()
+    return finite
 
 
 def bf16_pays(device):
@@ -177,7 +201,8 @@ def shapes_clip(folder, seed, device, context):
             logits = clip(read(batch).to(device), tokens.to(device)).float()  # [batch, batch]
         target = torch.arange(len(batch), device=device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        update(optimizer, loss, rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE))
+        loss.backward()
+        update(optimizer, rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE), loss.detach())
         if step % 20 == 0:
             right = (logits.argmax(dim=1) == target).float().mean()
             bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
@@ -210,29 +235,6 @@ def account(model):
     return "\n".join([f"{'parameters':18} {'trained':>12} {'total':>12}", *lines])
 
 
-def train_epoch(model, loader, optimizer, rates, weights, context, title):
-    """One pass over the loader; rates: a learning rate for each of its steps; weights of the losses. Returns each loss's mean."""
-    device = next(model.parameters()).device
-    model.train()
-    total = dict.fromkeys(weights, 0.0)
-    bar = tqdm(loader, title, leave=False)
-    names = ("image", "padding", "box", "object")
-    for step, (batch, learning_rate) in enumerate(zip(bar, rates, strict=True)):
-        images, padding, boxes, objects = (batch[name].to(device) for name in names)
-        tokens = data.cut_to_longest(model.tokenize(batch["text"])).to(device)
-        with context():
-            output = model(images, tokens, padding, for_losses=True)
-        parts = losses(output, boxes, objects, model.clip.logit_scale)
-        loss = sum(weight * parts[name] for name, weight in weights.items())
-        if not math.isfinite(loss.item()):
-            raise HiVGError(f"The loss is {loss.item()} in {title}, step {step}: try a lower --lr.")
-        update(optimizer, loss, learning_rate)
-        total = {name: total[name] + parts[name].item() for name in total}
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.2f}")
-    return {name: round(value / len(loader), 4) for name, value in total.items()}
-
-
 class Progress(NamedTuple):
     """Where a run stands; kept in last.pt, so that --resume goes on from there."""
 
@@ -240,6 +242,129 @@ class Progress(NamedTuple):
     epoch: int = -1  # the one to do next; -1: look at what the stage begins with, train nothing
     best: float = -1.0  # best Acc@0.5 of the stage so far
     log: tuple = ()  # lines of log.jsonl
+    step: int = 0  # of the epoch, the one to do next
+    sums: tuple = (0.0,) * len(LOSS_WEIGHTS)  # of the losses over the epoch's steps so far
+    skipped: int = 0  # samples of the epoch whose pictures could not be read
+
+
+def from_all(x):
+    """x [B, ...] of all processes, one after the other; gradients flow into this one's own."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x.detach())
+    parts[rank()] = x
+    return torch.cat(parts)
+
+
+def summed(*numbers):
+    """The sums of some numbers over all processes, which wait for one another here."""
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    if processes() > 1:
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def train_step(model, batches, optimizer, learning_rate, weights, context):
+    """One step down the mean gradient over some batches, one after the other (accumulation), and over all processes.
+
+    model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them. weights: of the losses.
+    Returns the losses' means, [len(weights)], NaN where one or the gradient is not finite: then the step has changed nothing. They are
+    on the device still: nothing here waits for a GPU.
+    """
+    hivg_, means = getattr(model, "module", model), 0
+    for number, batch in enumerate(batches, start=1):
+        # DistributedDataParallel adds up the gradients of all processes in the last backward pass alone
+        early = model is not hivg_ and number < len(batches)
+        images, tokens, padding = inputs_of(hivg_, batch)
+        boxes, objects = (batch[n].to(images.device, non_blocking=True) for n in ("box", "object"))
+        with model.no_sync() if early else nullcontext():
+            with context():
+                output = model(images, tokens, padding, for_losses=True)
+            # L_CLC is over the samples of all processes, the others are means over samples
+            output.image_vectors = from_all(output.image_vectors)
+            output.text_vectors = from_all(output.text_vectors)
+            parts = losses(output, boxes, from_all(objects), hivg_.clip.logit_scale)
+            # means over processes are taken of the gradients, but each has a part only of that of L_CLC
+            scale = {"clc": processes()}
+            loss = sum(weights[n] * scale.get(n, 1) * parts[n] for n in weights) / len(batches)
+            loss.backward()
+        means = means + torch.stack([parts[n] for n in weights]).detach() / len(batches)
+    if processes() > 1:
+        dist.all_reduce(means)
+        means = means / processes()
+    finite = update(optimizer, learning_rate, means.sum())
+    return means.where(finite, math.nan)
+
+
+def train_epoch(model, loader, order, optimizer, rates, progress, args, context, save):
+    """The rest of an epoch, from progress.step on.
+
+    order: the batches, see data.shuffled; loader: reads those of this process; rates: a learning rate for each step of the epoch;
+    save(progress) writes a checkpoint. Returns the progress, which has the sums of the losses.
+    """
+    stage, epoch, each = progress.stage, progress.epoch, args.accumulate
+    loader.batch_sampler[:] = order[progress.step * each :, rank()].tolist()
+    fetched, unread, saved = iter(loader), [], time.time()
+    title, steps = f"stage {stage}, epoch {epoch}", range(progress.step, len(rates))
+    bar = tqdm(steps, title, len(rates), initial=progress.step, leave=False, disable=rank() > 0)
+    for step in bar:
+        torch.manual_seed(data.seed_from(args.seed, 1 + stage, epoch, step, rank()))  # of dropout
+        batches = list(islice(fetched, each))
+        how = optimizer, rates[step], args.losses, context
+        unread.append(train_step(model, batches, *how))
+        bad = sum(int((~batch["read"]).sum()) for batch in batches)
+        stopping, bad = summed(bool(STOP), bad)
+        progress = progress._replace(skipped=progress.skipped + int(bad))
+        due = stopping or time.time() > saved + SAVE_EVERY
+        if due or step % READ_EVERY == 0 or step + 1 == len(rates):
+            for past, values in enumerate(torch.stack(unread).tolist(), progress.step):
+                if not all(map(math.isfinite, values)):
+                    numbers = order[past * each :][:each].flatten().tolist()
+                    raise not_finite(f"{title}, step {past}", loader.dataset, numbers)
+                sums = tuple(map(add, progress.sums, values))
+                progress = progress._replace(step=past + 1, sums=sums)
+            unread = []
+            bar.set_postfix(loss=f"{sum(map(mul, args.losses.values(), values)):.2f}")
+        if due:
+            save(progress)
+            saved = time.time()
+        if stopping:
+            raise KeyboardInterrupt
+    return progress
+
+
+def not_finite(where, dataset, numbers):
+    """The error that says in which step the loss or its gradient was not finite, and for which samples."""
+    samples = [dataset.samples[number] for number in numbers]
+    names = ", ".join(f"{Path(s.image).name} {s.text!r}" for s in samples)
+    what = f"The loss or its gradient is not finite in {where}, which has changed nothing"
+    return HiVGError(f"{what}: look at its samples ({names}), or try a lower --lr.")
+
+
+STOP = []  # when signals came
+
+
+@contextmanager
+def gentle_signals():
+    """Inside, the first Ctrl-C or SIGTERM is noted in STOP, so that the step can come to its end and a checkpoint be written; a
+    second one ends the process at once."""
+
+    def ask(number, frame):
+        # what a terminal has sent to all processes, torchrun sends them once more
+        if STOP and (processes() == 1 or time.time() > STOP[0] + 1):
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        STOP.append(time.time())
+        print("stopping after this step; once more: at once", file=sys.stderr, flush=True)
+
+    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        STOP.clear()
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def start(args, device, context):
@@ -273,27 +398,77 @@ def start(args, device, context):
 
 def run(args):
     """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
-    output, device = Path(args.output), pick_device(args.device)
+    with joined(args.device) as device:
+        if args.benchmark:
+            benchmark(args, device)
+        else:
+            train_and_evaluate(args, device)
+
+
+@contextmanager
+def first_process_first():
+    """What is inside is done by the first process; then the others find what it has made."""
+    if rank():
+        summed()
+    yield
+    if rank() == 0:
+        summed()
+
+
+def writable(output):
+    """Make the folder; raises HiVGError if nothing can be written to it. What an earlier run left half-written goes."""
+    with explaining(f"{output} cannot be written to", "name another --output"):
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+        for part in output.glob(".*.part"):
+            part.unlink()
+
+
+def has_room(output, model):
+    """Raises HiVGError if a folder's disk has no room for the checkpoints of a model."""
+    whole, trained = (
+        sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad >= least)
+        for least in (False, True)
+    )
+    needed = 3 * whole + 4 * trained  # best.pt, last.pt and the next one, with AdamW's two moments
+    if shutil.disk_usage(output).free < needed:
+        what = f"{output} has no room for checkpoints, which take up to {needed / 1e9:.1f} GB"
+        raise HiVGError(f"{what}: free some, or name another --output.")
+
+
+def train_and_evaluate(args, device):
+    """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
+    output = Path(args.output)
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
         model, content = load_model(last)
         with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
-            args = argparse.Namespace(**content["settings"] | {"resume": True})
+            settings = content["settings"] | {"resume": True}
+            args = argparse.Namespace(**settings)
             progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
+        if args.processes != processes():
+            what = f"{last} is of a run of {args.processes} processes, not {processes()}"
+            raise HiVGError(f"{what}: start as many.")
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
-    splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
-    args.bf16 = args.bf16 if args.resume else bf16_pays(device)
+    else:
+        args.processes = processes()
+        args.bf16 = not any(summed(not bf16_pays(device)))
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    if not args.resume:
-        model, optimizer_state = start(args, device, context), None
-        progress = Progress(stage=-1 if args.without_bridges else 0)
+    with first_process_first():
+        if rank() == 0:
+            writable(output)
+        splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
+        if not args.resume:
+            model, optimizer_state = start(args, device, context), None
+            progress = Progress(stage=-1 if args.without_bridges else 0)
     model.to(device).enter_stage(progress.stage)
     config, preset = model.config, PRESETS[args.preset]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = partial(data.GroundingDataset, data_root=args.data_root, **picture)
-    train_set = read(args.dataset, "train", augment=args.augment, cache=not args.augment)
-    val_set = read(args.dataset, args.select, cache=not args.augment)
+    read_quickly = partial(read, cache=not args.augment, skip_bad=args.skip_bad_images)
+    train_set = read_quickly(args.dataset, "train", augment=args.augment)
+    val_set = read_quickly(args.dataset, args.select)
 
     # a short account of what is going to happen
     precision = "bf16" if args.bf16 else "fp32"
@@ -310,53 +485,106 @@ def run(args):
         print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
     print(f"adapters {config.adapters}; losses {args.losses}")
     print(f"epochs {args.without_bridges} without bridges, then by stage {args.epochs}; ", end="")
-    print(f"rates {args.lr}, batches {args.batch_size}")
+    print(f"rates {args.lr}, batches {args.batch_size}", end="")
+    print(f" on each of {processes()} processes, {args.accumulate} for a step")
     print(account(model), flush=True)
-    with replacing(output / "config.json") as temporary:
-        used = {"settings": vars(args), "model": asdict(config)}
-        temporary.write_text(json.dumps(used, indent=2))
 
-    while progress.stage < len(args.epochs):
-        stage, warmup = progress.stage, max(0, progress.stage)
-        epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
-        top, batch_size = args.lr[warmup], args.batch_size[warmup]
-        set_seed(args.seed, 1 + stage)
-        model.enter_stage(stage)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        settings = dict(betas=preset.betas, weight_decay=WEIGHT_DECAY, fused=True)
-        optimizer = torch.optim.AdamW(trained, top, **settings)
-        if optimizer_state:
-            optimizer.load_state_dict(optimizer_state)
-        for epoch in range(progress.epoch, epochs):
-            began, line = time.time(), {"stage": stage, "epoch": epoch}
-            if epoch >= 0:
-                set_seed(args.seed, 1 + stage, epoch)
-                train_set.set_epoch(args.seed, 1 + stage, epoch)
-                loader = data.batches(train_set, batch_size, args.workers, train=True)
-                steps = range(epoch * len(loader), (epoch + 1) * len(loader))
-                rates = [rate(step, epochs * len(loader), top) for step in steps]
-                title = f"stage {stage}, epoch {epoch}"
-                line["losses"] = train_epoch(
-                    model, loader, optimizer, rates, args.losses, context, title
+    def write(path, **more):
+        if rank() == 0:
+            save_checkpoint(path, model, **more)
+
+    def write_text(name, text):
+        if rank() == 0:
+            with replacing(output / name) as temporary:
+                temporary.write_text(text)
+
+    def save(progress):
+        state = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
+        write(last, settings=vars(args), **state)
+
+    has_room(output, model)
+    write_text(
+        "config.json", json.dumps({"settings": vars(args), "model": asdict(config)}, indent=2)
+    )
+    loader = data.batches(train_set, [], args.workers, pin_memory=device.type == "cuda")
+    with gentle_signals():
+        while progress.stage < len(args.epochs):
+            stage, warmup = progress.stage, max(0, progress.stage)
+            epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
+            most = len(train_set) // (processes() * args.accumulate)
+            size = min(args.batch_size[warmup], most)
+            torch.manual_seed(data.seed_from(args.seed, 1 + stage))  # of new pairs
+            model.enter_stage(stage)
+            model.checkpointing = args.checkpointing
+            if args.compile:
+                model.compile()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            top, settings = args.lr[warmup], dict(betas=preset.betas, weight_decay=WEIGHT_DECAY)
+            optimizer = torch.optim.AdamW(trained, top, fused=True, **settings)
+            if optimizer_state:
+                optimizer.load_state_dict(optimizer_state)
+            parallel = model
+            if processes() > 1:
+                parallel = DistributedDataParallel(model, broadcast_buffers=False)
+            for epoch in range(progress.epoch, epochs):
+                began, line = time.time(), {"stage": stage, "epoch": epoch}
+                if epoch >= 0:
+                    numbers = args.seed, 1 + stage, epoch
+                    train_set.set_epoch(*numbers)
+                    order = data.shuffled(numbers, len(train_set), size, processes())
+                    steps = len(order) // args.accumulate
+                    places = range(epoch * steps, (epoch + 1) * steps)
+                    rates = [rate(place, epochs * steps, top) for place in places]
+                    how = optimizer, rates, progress, args, context, save
+                    progress = train_epoch(parallel.train(), loader, order, *how)
+                    means = (round(total / steps, 4) for total in progress.sums)
+                    line["losses"] = dict(zip(args.losses, means))
+                    line |= {"skipped": progress.skipped} if progress.skipped else {}
+                line |= evaluate(model, val_set, args.workers)
+                line["seconds"] = round(time.time() - began, 1)
+                best_yet = max(progress.best, line["acc"])
+                progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
+                if line["acc"] == best_yet:  # of equals the later one
+                    write(best)
+                write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in progress.log))
+                save(progress)
+                what = f"after epoch {epoch}" if epoch >= 0 else "begins"
+                print(
+                    f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %", flush=True
                 )
-            line |= evaluate(model, val_set, args.workers)
-            line["seconds"] = round(time.time() - began, 1)
-            best_yet = max(progress.best, line["acc"])
-            progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
-            if line["acc"] == best_yet:  # of equals the later one
-                save_checkpoint(best, model)
-            resume = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
-            save_checkpoint(last, model, settings=vars(args), **resume)
-            with replacing(output / "log.jsonl") as temporary:
-                temporary.write_text("".join(json.dumps(entry) + "\n" for entry in progress.log))
-            what = f"after epoch {epoch}" if epoch >= 0 else "begins"
-            print(f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %", flush=True)
-        model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
-        progress = Progress(stage + 1, log=progress.log)
+                if any(summed(bool(STOP))):
+                    raise KeyboardInterrupt
+            model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
+            progress = Progress(stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
+    how = args.workers, args.skip_bad_images
     for name in args.dataset:
-        evaluate_splits(model, best, name, None, args.data_root, output, args.workers)
+        evaluate_splits(model, best, name, None, args.data_root, output, *how)
+
+
+def benchmark(args, device):
+    """Print what a step of stage 3, inference and reading take, on made-up input and with random weights."""
+    bf16 = bf16_pays(device)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    context = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    name, size = args.clip or "ViT-B/16", args.batch_size[0] if args.batch_size else 8
+    if name not in clip_model.SIZES:
+        raise HiVGError(f"{name} is no size of CLIP: choose one of {', '.join(clip_model.SIZES)}.")
+    model = random_model(name).to(device)
+    model.checkpointing = args.checkpointing
+    if args.compile:
+        model.compile()
+    peak, rows = matrix_peak(device, dtype), []
+    batch = synthetic(model, size)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
+    step = partial(train_step, model.train(), [batch], optimizer, 1e-6, LOSS_WEIGHTS, context)
+    rows.append(measured("training step, stage 3", step, size, device, peak))
+    with context():
+        rows += inference_rows(model, size, peak)
+    print(f"{name} on {device}, {dtype}; ", end="")
+    print_benchmark(rows, peak)
 
 
 def loss_weight(text):
@@ -371,16 +599,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
     # data and weights
-    add("--dataset", required=True, nargs="+", help=f"one or several of {', '.join(data.DATASETS)}")
+    one_of = parser.add_mutually_exclusive_group(required=True).add_argument
+    one_of("--dataset", nargs="+", help=f"one or several of {', '.join(data.DATASETS)}")
+    one_of("--benchmark", action="store_true", help="or measure speed, of --clip's size, by itself")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
     add("--image-size", type=at_least(1), help="side of the square in pixels (default: CLIP's)")
     add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
+    add("--skip-bad-images", action="store_true", help="go on without those that cannot be read")
     # what is trained, and how long: one value for all stages, or one for each
     add("--preset", choices=PRESETS, help="defaults of the following (default: by CLIP and data)")
     add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to G; 0: none")
     add("--lr", type=at_least(0, float), nargs="+", help="top learning rates")
-    add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch")
+    add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch, of one process")
+    add("--accumulate", type=at_least(1), default=1, help="batches for each step (default: 1)")
     add("--without-bridges", type=at_least(0), help="epochs of a warm-up without bridges, before")
     add("--loss", type=loss_weight, nargs="+", metavar="NAME=WEIGHT", help=", ".join(LOSS_WEIGHTS))
     add("--select", default="val", help="split that chooses the best epoch (default: val)")
@@ -393,6 +625,9 @@ def main():
     add("--bridge-layers", type=at_least(1), nargs="+", help="C, the layers with a bridge")
     add("--no-bridges", dest="bridge_layers", action="store_const", const=())
     add("--text-layers", type=at_least(1), nargs="+", help="f^i that the bridges read")
+    # memory and speed
+    add("--checkpointing", action="store_true", help="less memory, longer steps: layers run twice")
+    add("--compile", action="store_true", help="let torch.compile make the steps faster")
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
@@ -400,7 +635,7 @@ def main():
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--workers", type=at_least(0), help="processes that read photographs (default: 8 at most)")
     args = parser.parse_args()
-    args.dataset = list(dict.fromkeys(args.dataset))
+    args.dataset = list(dict.fromkeys(args.dataset or ()))
     shapes = args.dataset == ["shapes"]
     args.augment = not (shapes or args.no_augment)  # shapes are kept in memory: there are plenty
     args.output = args.output or f"runs/{'_'.join(args.dataset)}"

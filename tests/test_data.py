@@ -214,7 +214,7 @@ def test_an_augmented_box_covers_the_object(painted):
     dataset = painted(mean=(0, 0, 0), std=(1, 1, 1))
     sizes = set()
     for epoch in range(12):
-        dataset.set_epoch(0, epoch)
+        dataset.set_epoch(0, 0, epoch)
         for index, item in enumerate(map(dataset.__getitem__, range(len(dataset)))):
             green = item["image"][1] - item["image"][0] > 0.2  # jitter leaves it greener than grey
             cx, cy, w, h = (item["box"] * 112).tolist()
@@ -360,7 +360,7 @@ def test_a_picture_of_another_size_is_told(tmp_path):
     """A picture that is not the annotated one (resized, rotated) is told by name, not used."""
     make_refer(tmp_path, [{"size": (40, 60)}])
     dataset = GroundingDataset("refcoco", "train", tmp_path, 64)
-    with pytest.raises(HiVGError, match="000000000001.jpg has 60 x 40.*40 x 60"):
+    with pytest.raises(HiVGError, match="000000000001.jpg .* has 60 x 40.*40 x 60"):
         dataset[0]
 
 
@@ -407,7 +407,7 @@ def test_a_broken_pickle_is_told(tmp_path, content):
 def test_batches(refer, tokenizer):
     """A batch has the items in order; tokens are cut to the longest text, rounded up."""
     train = GroundingDataset("refcoco", "train", refer, 64)
-    (batch,) = data.batches(torch.utils.data.Subset(train, [2, 0]), 8, workers=1)
+    (batch,) = data.batches(train, [[2, 0]], workers=1)
     assert batch["text"] == ["out", "the red café"]
     assert batch["image"].shape == (2, 3, 64, 64) and batch["padding"].dtype == torch.bool
     whole = tokenizer(batch["text"])
@@ -606,7 +606,7 @@ def test_boxes_outside_of_a_picture_of_unknown_size(tmp_path):
     assert "clipped" in report and "left out, line 3" in report and "left out, line 4" in report
     dataset = GroundingDataset("own", "val", tmp_path, 60, augment=True)
     for epoch in range(20):
-        dataset.set_epoch(epoch)
+        dataset.set_epoch(0, 0, epoch)
         assert all(item["box"].isfinite().all() for item in dataset)
 
 

@@ -15,7 +15,7 @@ from test_train import command
 
 import data
 import evaluate
-from hivg import load_checkpoint, save_checkpoint
+from hivg import load_checkpoint, load_model, save_checkpoint
 
 
 @pytest.fixture
@@ -35,14 +35,14 @@ def with_lengths(root, lengths):
     return data.GroundingDataset("refcoco", "val", root, 64)
 
 
-def test_accuracy_by_length(tokenizer, tmp_path, monkeypatch):
+def test_accuracy_by_length(tmp_path):
     """Each bin holds both of its ends, and counts its own expressions right and wrong."""
     dataset = with_lengths(tmp_path, (1, 5, 6, 7, 8, 10, 11, 40))
     true = torch.stack([item["box"] for item in dataset])
     found = true.clone()
     found[[1, 4, 5, 6]] = torch.tensor([0.0, 0.0, 0.1, 0.1])  # elsewhere
-    monkeypatch.setattr(evaluate, "predict", lambda *args, **kwargs: (found, true))
-    result = evaluate.evaluate(tiny_model(tokenizer), dataset)
+    read = torch.ones(8, dtype=torch.bool)
+    result = evaluate.summary(dataset, found, true, read)
     right = {"1-5": 50.0, "6-7": 100.0, "8-10": 0.0, "11+": 50.0}
     assert result["lengths"] == {n: {"expressions": 2, "acc": acc} for n, acc in right.items()}
     assert result["acc"] == 50.0
@@ -83,34 +83,33 @@ def flops_by_hand(T, N=16, P=16, d=64, F=64):
     return text + image + inputs + encoder + 4 * d**2 + 2 * d * 4  # and the box head
 
 
-def test_speed(tokenizer, monkeypatch):
-    """The table has FLOPs as counted by hand and parameters as the stage trains them."""
+def test_benchmark(tokenizer, monkeypatch):
+    """The table has FLOPs as counted by hand, and what the times say."""
     monkeypatch.setattr(evaluate, "SECONDS", 0.01)
-    tokens = []
-    model = tiny_model(tokenizer, 2)
+    tokens, model = [], tiny_model(tokenizer, 2)
     shake_pairs(model)
-    newest = [p for name, p in model.named_parameters() if ".lora_" in name and name.endswith(".2")]
-    rest = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
     model.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[1]))
-    found = evaluate.speed(model, 3)
+    rows = evaluate.inference_rows(model, 3, peak=1e9)
     assert {(len(t), t.shape[1]) for t in tokens} == {(n, tokens[0].shape[1]) for n in (1, 3)}
-    assert found["GFLOPs an image, 2 a multiply-add"] * 1e9 == flops_by_hand(tokens[0].shape[1])
-    trained = sum(p.numel() for p in newest + rest)
-    assert found["parameters trained in stage 2"] == trained
-    assert found["parameters in all"] == sum(p.numel() for p in model.parameters()) > trained
-    rates = [found["frames per second, one by one"], found["images per second, 3 at once"]]
-    assert all(0 < rate < math.inf for rate in rates)
-    assert 20 < found["peak memory, MiB"] < 100_000  # the process has loaded torch
+    assert [row[1] for row in rows] == [1, 3]
+    for _, images, milliseconds, speed, gflops, share, memory in rows:
+        assert gflops * 1e9 == pytest.approx(flops_by_hand(tokens[0].shape[1]))
+        assert speed == pytest.approx(1000 * images / milliseconds)
+        assert share == pytest.approx(100 * gflops * speed)  # of 1 GFLOP/s
+        assert 20 < memory < 100_000  # the process has loaded torch
 
 
-def test_speed_on_the_command_line(monkeypatch, checkpoint, capsys):
-    """--speed prints one line for each number, and the device."""
+def test_benchmark_on_the_command_line(monkeypatch, checkpoint, capsys):
+    """--benchmark says what is trained and in all, and prints a line for each kind of use."""
     monkeypatch.setattr(evaluate, "SECONDS", 0.01)
-    line = [checkpoint, "--speed", "--batch-size", 2, "--device", "cpu"]
+    line = [checkpoint, "--benchmark", "--batch-size", 2, "--device", "cpu"]
     assert command(monkeypatch, evaluate, *line) is None
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{checkpoint} on cpu" and len(lines) == 6
-    assert all(float(line.split()[-1].replace(",", "")) > 0 for line in lines)
+    model, _ = load_model(checkpoint)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    first, second, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith(f": {trained:,} of {total:,}") and 0 < trained < total
+    assert f"{checkpoint} on cpu" in second and [line.split()[1] for line in lines] == ["1", "2"]
 
 
 # -------------------------------------------------------------------------------------------- attention maps
@@ -260,17 +259,17 @@ def test_curve_of_no_log(monkeypatch, tmp_path, content):
     [
         "",
         "best.pt",
-        "--speed",
+        "--benchmark",
         "--dataset refcoco",
         "best.pt --curve log.jsonl",
-        "best.pt --speed --dataset refcoco",
+        "best.pt --benchmark --dataset refcoco",
         "best.pt --image a.jpg",
         "best.pt --image a.jpg --text red --dataset refcoco",
         "best.pt --dataset refcoco --text red",
         "best.pt --image a.jpg --text red blue",
-        "best.pt --speed --attention",
-        "best.pt --speed --batch-size 0",
-        "best.pt --speed --batch-size many",
+        "best.pt --benchmark --attention",
+        "best.pt --benchmark --batch-size 0",
+        "best.pt --benchmark --batch-size many",
     ],
 )
 def test_what_makes_no_sense_is_refused(monkeypatch, line):

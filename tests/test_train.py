@@ -157,7 +157,8 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(
     load_checkpoint(output / "last.pt")
     assert log_of(output) == log_of(finished)[: len(log_of(output))] != log_of(finished)
     line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
-    done, epochs = len([line for line in log_of(output) if line["epoch"] >= 0]), []
+    progress = torch.load(output / "last.pt", weights_only=True)["progress"]
+    done, epochs = len([line for line in progress["log"] if line["epoch"] >= 0]), []
     real = train.train_epoch
     monkeypatch.setattr(train, "train_epoch", lambda *a: epochs.append(a[-1]) or real(*a))
     torch.manual_seed(99)
@@ -242,7 +243,7 @@ def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tm
         monkeypatch, train, *words_of(refer_root, clip_file, tmp_path / "run", *flags.split())
     )
     assert code == 2 or ("attn.nothing" in code and "\n" not in code)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run/config.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -301,9 +302,11 @@ def test_full_sizes(name):
     output = model(images, tokens, None, for_losses=True)
     parts = train.losses(output, boxes, torch.arange(2), clip.logit_scale)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-4)
-    train.update(optimizer, sum(w * parts[n] for n, w in train.LOSS_WEIGHTS.items()), 1e-4)
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+    loss = sum(w * parts[n] for n, w in train.LOSS_WEIGHTS.items())
+    loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    assert train.update(optimizer, 1e-4, loss.detach())
     blocks = clip.visual.transformer.resblocks
     assert [len(block.attn.in_proj.lora_A) for block in blocks] == [1] * (depth // 3) + [0] * (
         depth * 2 // 3
@@ -415,11 +418,11 @@ def test_accuracy_by_hand(tokenizer, refer_root, monkeypatch):
     model = tiny_model(tokenizer)
     dataset = data.GroundingDataset("refcoco", "val", refer_root, 64)
     true = torch.stack([item["box"] for item in dataset])
-    found = true.clone()
+    found, read = true.clone(), torch.ones(4, dtype=torch.bool)
     found[0, 0] += found[0, 2] / 2  # IoU 1/3
     found[1, 2] /= 2  # IoU exactly 1/2 counts as right
     found[2] = torch.tensor([0.0, 0.0, 0.1, 0.1])  # elsewhere
-    monkeypatch.setattr(evaluate, "predict", lambda *args, **kwargs: (found, true))
+    monkeypatch.setattr(evaluate, "predict", lambda *args, **kwargs: (found, true, read))
     result = evaluate.evaluate(model, dataset)
     assert result["acc"] in (50.0, 25.0)  # 1/2 itself is up to rounding
     assert result["miou"] == pytest.approx(100 * (1 / 3 + 1 / 2 + 0 + 1) / 4, abs=0.01)
@@ -433,7 +436,7 @@ def test_predictions_do_not_depend_on_the_batch_size(tokenizer, refer_root):
     """A split's boxes are the same in batches of any size, and training goes on afterwards."""
     model = tiny_model(tokenizer, 1).train()
     dataset = data.GroundingDataset("refcoco", "train", refer_root, 64)
-    found, true = evaluate.predict(model, dataset, batch_size=3)
+    found, true, _ = evaluate.predict(model, dataset, batch_size=3)
     assert model.training and found.shape == true.shape == (8, 4)
     torch.testing.assert_close(evaluate.predict(model, dataset)[0], found, atol=1e-5, rtol=0)
 
