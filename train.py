@@ -34,6 +34,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import Timer
@@ -525,7 +526,7 @@ def train_and_evaluate(args, device):
                 optimizer.load_state_dict(optimizer_state)
             parallel = model
             if processes() > 1:
-                parallel = DistributedDataParallel(model, broadcast_buffers=False)
+                parallel = DistributedDataParallel(model, forward_sync_buffers=False)
             for epoch in range(progress.epoch, epochs):
                 began, line = time.time(), {"stage": stage, "epoch": epoch}
                 if epoch >= 0:
@@ -583,6 +584,19 @@ def benchmark(args, device):
     rows.append(measured("training step, stage 3", step, size, device, peak))
     with context():
         rows += inference_rows(model, size, peak)
+    with tempfile.TemporaryDirectory() as folder:
+        coarse = Image.fromarray(
+            np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype="u1")
+        )
+        coarse.resize((640, 480)).save(Path(folder, "a.jpg"), quality=90)
+        line = json.dumps({"image": "a.jpg", "text": "a", "box": [200, 100, 400, 300]})
+        Path(folder, "train.jsonl").write_text(f"{line}\n" * 256)
+        read = partial(data.GroundingDataset, "own", "train", folder, model.config.image_size)
+        for workers in (0, min(8, os.cpu_count())):
+            lists = torch.arange(256).view(-1, 32).tolist()
+            loader = data.batches(read(augment=True), lists, workers, device.type == "cuda")
+            what = f"reading, {workers} workers" if workers else "reading, one core"
+            rows.append(measured(what, lambda: list(loader), 256, device, peak))  # noqa: B023
     print(f"{name} on {device}, {dtype}; ", end="")
     print_benchmark(rows, peak)
 

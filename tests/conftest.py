@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 
 import clip_model
-from clip_model import CLIP, CLIPConfig, Tokenizer
+from clip_model import CLIP, CLIPConfig, Tokenizer, save_clip
 from hivg import HiVG, HiVGConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -87,6 +88,15 @@ def tiny_clip(seed=0, vocab_size=512 + 7 + 2, **sizes):
     defaults = {"image_size": 64, "vision_width": 64, "vision_layers": 6, "text_width": 64}
     defaults |= {"text_layers": 3, "embed_dim": 64, "vocab_size": vocab_size}
     return shake(CLIP(CLIPConfig(**defaults | sizes)), seed=seed).eval()
+
+
+@pytest.fixture(scope="session")
+def clip_file(tmp_path_factory, vocabulary):
+    """A small CLIP's state dict, with its vocabulary beside it."""
+    folder = tmp_path_factory.mktemp("clip")
+    save_clip(tiny_clip(vision_layers=3, text_layers=1, image_size=32), folder / "clip.pt")
+    shutil.copy(vocabulary, folder)
+    return folder / "clip.pt"
 
 
 def hugging_face_state(clip):

@@ -39,15 +39,6 @@ def full_precision():
         yield
 
 
-@pytest.fixture(scope="session")
-def clip_file(tmp_path_factory, vocabulary):
-    """A small CLIP's state dict, with its vocabulary beside it."""
-    folder = tmp_path_factory.mktemp("clip")
-    save_clip(tiny_clip(vision_layers=3, text_layers=1, image_size=32), folder / "clip.pt")
-    shutil.copy(vocabulary, folder)
-    return folder / "clip.pt"
-
-
 def words_of(refer_root, clip_file, output, *more):
     """The command line of a miniature run; two epochs in each stage, workers and augmentation off."""
     line = ["--dataset", "refcoco", "--data-root", refer_root, "--clip", clip_file]
