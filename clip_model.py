@@ -207,31 +207,50 @@ SIZES = {  # of the released ones
 }
 
 
-def attend(q, k, v, heads, mask=None, causal=False, dropout=0.0):
+NO_DROPOUT = nn.Dropout(0.0)
+
+
+def attend(q, k, v, heads, mask=None, causal=False, dropout=NO_DROPOUT):
     """softmax(q k^T / sqrt(d / heads)) v, head by head.
 
-    q [B, Nq, d], k and v [B, Nk, d]; mask: bool, broadcast to [B, heads, Nq, Nk], True = attend. Returns [B, Nq, d].
+    q [B, Nq, d], k and v [B, Nk, d]; mask: bool, broadcast to [B, heads, Nq, Nk], True = attend; dropout: an nn.Dropout, of the
+    softmax. Returns [B, Nq, d].
     """
     # [B, N, d] -> [B, heads, N, d / heads]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    if q.dtype is torch.bfloat16 and q.requires_grad and q.device.type == "cpu":
-        # written out: here the backward of the fused kernel takes 6 times as long
+    p = dropout.p if dropout.training else 0.0
+    if q.device.type == "cpu" and q.requires_grad and (p or q.dtype is torch.bfloat16):
+        # written out: of bf16 the backward of the fused kernel takes 6 times as long, and there is none with dropout
         logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, Nq, Nk]
         if causal:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
             logits = logits.masked_fill(~mask, -math.inf)
-        out = F.dropout(logits.softmax(dim=-1), dropout) @ v
+        out = dropout(logits.softmax(dim=-1)) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
+        out = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
     return out.transpose(1, 2).flatten(2)  # [B, Nq, d]
+
+
+class ScaledSiLU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, whose gradient is that of silu at 1.702 x: the factors cancel."""
+
+    @staticmethod
+    def forward(context, x):
+        y = 1.702 * x
+        context.save_for_backward(y)
+        return F.silu(y).div_(1.702)
+
+    @staticmethod
+    def backward(context, gradient):
+        return torch.ops.aten.silu_backward(gradient, *context.saved_tensors)
 
 
 class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), written with torch's fused silu(y) = y sigmoid(y)."""
 
     def forward(self, x):
-        return F.silu(1.702 * x) / 1.702
+        return ScaledSiLU.apply(x)
 
 
 class Attention(nn.Module):

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import clip_model
 import lora
 from clip_model import CLIP, HiVGError, QuickGELU, Tokenizer, attend
+from lora import Dropout
 
 TEXT_LAYERS = {  # the f^i that the bridges read, by data set in the authors' names; for others the last
     "unc+": (6, 12),
@@ -120,7 +121,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, Dropout(dropout)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             self.add_module(name, nn.Linear(width, width))
 
@@ -128,13 +129,12 @@ class CrossAttention(nn.Module):
         """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] bool, True = ignore. Returns [B, Nq, d]."""
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         mask = ~key_padding[:, None, None, :]  # [B, 1, 1, Nk], True = attend
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(q, k, v, self.heads, mask, dropout=dropout))
+        return self.out_proj(attend(q, k, v, self.heads, mask, dropout=self.dropout))
 
 
 def mlp(width, hidden, activation, dropout=0.0):
     up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-    return nn.Sequential(up, activation, nn.Dropout(dropout), down)
+    return nn.Sequential(up, activation, Dropout(dropout), down)
 
 
 class Bridge(nn.Module):
@@ -175,7 +175,7 @@ class GroundingLayer(nn.Module):
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = CrossAttention(width, heads, dropout)
         self.mlp = mlp(width, feedforward, nn.ReLU(), dropout=dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x, positions, padding, queries=None):
         """x [B, K, D], positions [K, D], padding [B, K] -> [B, queries, D]: the first `queries` tokens, or all."""

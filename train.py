@@ -540,7 +540,7 @@ def train_and_evaluate(args, device):
                     progress = train_epoch(parallel.train(), loader, order, *how)
                     means = (round(total / steps, 4) for total in progress.sums)
                     line["losses"] = dict(zip(args.losses, means))
-                    line |= {"skipped": progress.skipped} if progress.skipped else {}
+                    line |= {"train_skipped": progress.skipped} if progress.skipped else {}
                 line |= evaluate(model, val_set, args.workers)
                 line["seconds"] = round(time.time() - began, 1)
                 best_yet = max(progress.best, line["acc"])
