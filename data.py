@@ -59,7 +59,8 @@ def to_rgb(image):
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager
@@ -153,19 +154,19 @@ def cut_reduced(image, geometry):
 
 def as_bytes(image):
     """PIL image, RGB -> uint8 tensor [3, h, w]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # [h, w, 3] -> [3, h, w]
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
 
 
 def in_square(pixels, geometry, mean, std):
     """uint8 tensor [3, h, w] -> the square that the model sees: float32 [3, S, S], normalised, 0 in
     the padding; and bool [S, S], True where it is padding."""
     left, top, width, height = geometry.inner
-    inner = (slice(top, top + height), slice(left, left + width))
+    rows, columns = slice(top, top + height), slice(left, left + width)
     square = torch.zeros(3, geometry.side, geometry.side)
     padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
     mean, std = torch.tensor((mean, std)).mul_(255).view(2, 3, 1, 1)
-    square[(slice(None), *inner)] = pixels.float().sub_(mean).div_(std)
-    padding[inner] = False
+    square[:, rows, columns].copy_(pixels).sub_(mean).div_(std)
+    padding[rows, columns] = False
     return square, padding
 
 
@@ -181,7 +182,7 @@ PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost, 
 
 
 def random_geometry(rng, size, box, text, side):
-    """A random crop, scale and position for training (rng: NumPy's generator; size: w, h).
+    """A random crop, scale and position for training (rng: a random.Random; size: w, h).
 
     The crop is that of 384 to 600 pixels a side from a photograph whose short side was made 400,
     500 or 600: expressed in the photograph's own pixels, so that it is resized once. It keeps the
@@ -192,7 +193,7 @@ def random_geometry(rng, size, box, text, side):
         scale = rng.choice((400, 500, 600)) / min(size)
         starts, ends = [], []
         for length, low, high in zip(size, box[:2], box[2:]):
-            crop = rng.integers(384, min(600, round(length * scale)) + 1) / scale
+            crop = rng.randint(384, min(600, round(length * scale))) / scale
             centre = min((low + high) / 2, length)  # of an unchecked box, it may lie outside
             first = max(0, centre - crop)
             start = rng.uniform(first, max(first, min(length - crop, centre)))
@@ -200,15 +201,15 @@ def random_geometry(rng, size, box, text, side):
             ends.append(float(min(length, start + crop)))
         region = (*starts, *ends)
     step = side / 7  # 32 pixels for S = 224, where the long side becomes 224, 192, ..., 64, 56
-    long_side = max(side - step * rng.integers(7), side / 4)
-    return letterbox(region, side, long_side, rng.random(2))
+    long_side = max(side - step * rng.randrange(7), side / 4)
+    return letterbox(region, side, long_side, (rng.random(), rng.random()))
 
 
 def jitter(rng, image):
     """Brightness, contrast and saturation of a PIL image times 0.6 to 1.4, in random order."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for choice in rng.permutation(3):
-        image = enhancers[choice](image).enhance(rng.uniform(0.6, 1.4))
+    for enhancer in rng.sample(enhancers, 3):
+        image = enhancer(image).enhance(rng.uniform(0.6, 1.4))
     return image
 
 
@@ -595,7 +596,7 @@ class GroundingDataset(torch.utils.data.Dataset):
                 what = "it has {} x {} pixels, its annotations are for {} x {}"
                 raise ValueError(what.format(*image.size, *sample.size))
             if self.augment:
-                rng = np.random.default_rng([*self.numbers.tolist(), index])
+                rng = random.Random(f"{self.numbers.tolist()} {index}")
                 like = sample.box, sample.text, self.image_size
                 geometry = random_geometry(rng, image.size, *like)
                 image = cut_reduced(image, geometry)
