@@ -25,6 +25,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 import urllib.request
 import zipfile
 from collections import OrderedDict
@@ -73,11 +74,14 @@ def exit_with(job, args):
     """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
     try:
         job(args)
-    except HiVGError as error:
-        # a worker sends its traceback too: what counts is its end
-        sys.exit("error: " + str(error).rpartition("HiVGError: ")[2].strip())
-    except KeyboardInterrupt:
-        sys.exit("stopped: what was finished is kept")
+    except BaseException as error:
+        # a loader in its frames would keep its workers, which ignore SIGTERM, and they this process
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, HiVGError):  # a worker sends its traceback too: what counts is its end
+            sys.exit("error: " + str(error).rpartition("HiVGError: ")[2].strip())
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit("stopped: what was finished is kept")
+        raise
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer

@@ -624,16 +624,20 @@ class GroundingDataset(torch.utils.data.Dataset):
         return {**item, "box": box, "object": number, "read": index == asked}
 
 
-def undisturbed(worker):
-    """Of a loader's worker: Ctrl-C and SIGTERM, which may reach all processes, are for the one that trains."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+def ignore(signals, worker):
+    """A loader's worker is not ended by these: they may reach all processes, and are for the one that waits for it."""
+    for number in signals:
         signal.signal(number, signal.SIG_IGN)
 
 
-def batches(dataset, lists, workers=0, pin_memory=False):
-    """A DataLoader of batches, dicts with the names of the items: tensors [B, ...] and a list of str. `lists` has the indices
-    of each batch, and may be changed between two passes, while its workers stay."""
-    usual = dict(num_workers=workers, worker_init_fn=undisturbed, persistent_workers=workers > 0)
+def batches(dataset, lists, workers=0, pin_memory=False, ignored=(signal.SIGINT,)):
+    """A DataLoader of batches, dicts with the names of the items: tensors [B, ...] and a list of str.
+
+    `lists` has the indices of each batch, and may be changed between two passes, while the workers stay; they ignore the
+    signals of `ignored`.
+    """
+    init = functools.partial(ignore, ignored)
+    usual = dict(num_workers=workers, worker_init_fn=init, persistent_workers=workers > 0)
     loader = torch.utils.data.DataLoader
     return loader(dataset, batch_sampler=lists, pin_memory=pin_memory, **usual)
 

@@ -507,7 +507,8 @@ def train_and_evaluate(args, device):
     write_text(
         "config.json", json.dumps({"settings": vars(args), "model": asdict(config)}, indent=2)
     )
-    loader = data.batches(train_set, [], args.workers, pin_memory=device.type == "cuda")
+    usual = args.workers, device.type == "cuda", (signal.SIGINT, signal.SIGTERM)
+    loader = data.batches(train_set, [], *usual)
     with gentle_signals():
         while progress.stage < len(args.epochs):
             stage, warmup = progress.stage, max(0, progress.stage)

@@ -53,6 +53,7 @@ def five_steps(vocabulary, root, size, accumulate, weights):
 
 def one_of_two(number, folder, *work):
     """What each of two processes does."""
+    torch.set_num_threads(1)  # two processes with two threads each get into each other's way
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=number, world_size=2)
     torch.save(five_steps(*work), f"{folder}/{number}.pt")
@@ -64,12 +65,9 @@ def test_two_processes_make_the_steps_of_one(vocabulary, refer_root, tmp_path, a
     """Gradients of the first step, parameters after five, losses and a split's boxes are those of one process with the same
     batch, L_CLC among them; with accumulation as well."""
     work = vocabulary, refer_root
-    spawned = torch.multiprocessing.spawn(
-        one_of_two, (tmp_path, *work, 4 // accumulate, accumulate, WEIGHTS), nprocs=2, join=False
-    )
+    shared = tmp_path, *work, 4 // accumulate, accumulate, WEIGHTS
+    torch.multiprocessing.spawn(one_of_two, shared, nprocs=2)
     one = five_steps(*work, 8 // accumulate, accumulate, WEIGHTS)
-    while not spawned.join():
-        pass
     for number in range(2):
         gradients, parameters, losses, boxes = torch.load(tmp_path / f"{number}.pt")
         for name, gradient in one[0].items():
