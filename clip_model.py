@@ -90,6 +90,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+MOST_CHARACTERS = 10_000  # far more than 77 tokens hold
 MAX_MERGES = 49152 - 256 - 2  # CLIP's file holds more than it uses
 
 
@@ -151,12 +152,13 @@ class Tokenizer:
         return parts
 
     def encode(self, text):
-        """Ids of a str, without start and end token."""
+        """Ids of a str, without start and end token. Of a text without end only the beginning is read."""
+        text = text[:MOST_CHARACTERS]
         text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
         text = " ".join(text.split()).lower()
         symbols, ids = byte_symbols(), []
         for word in regex.findall(WORDS, text, regex.IGNORECASE):
-            word = "".join(symbols[byte] for byte in word.encode("utf-8"))
+            word = "".join(symbols[byte] for byte in word.encode("utf-8", errors="replace"))
             ids += [self.ids[part] for part in self.bpe(word)]
         return ids
 
@@ -472,7 +474,9 @@ def clip_tokenizer():
 STORAGES = {f"{name}Storage" for name in ("Half", "Float", "Double", "BFloat16", "Long", "Int")}
 
 
-class ArchiveUnpickler(pickle.Unpickler):
+class ArchiveUnpickler(
+    pickle._Unpickler
+):  # Python's own: the one in C makes room for what a file claims
     """Reads data.pkl of a TorchScript archive. Its modules become plain holders of attributes; no code is run."""
 
     class Holder:

@@ -45,6 +45,7 @@ from tqdm import tqdm
 
 from clip_model import MEAN, STD, HiVGError, download, exit_with, explaining, read_weights
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS, which is a program
 MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
 # of a pool of processes: Ctrl-C is for the one that waits for them
 QUIET = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
@@ -73,7 +74,7 @@ def opened(path):
     with explaining(f"{path} cannot be read as a picture", "replace it"):
         if not os.path.getsize(path):
             raise ValueError("the file is empty")
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:  # the header's claim, nothing decoded yet
                 raise ValueError(f"more than {MOST_PIXELS:,} pixels")
             yield image
@@ -311,8 +312,9 @@ class Sample(NamedTuple):
     size: tuple  # width, height that the annotations say; None where they don't
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing."""
+class PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing. Python's own, not the faster one in
+    C: that makes room for as many objects as a file claims to number."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no plain data")

@@ -521,6 +521,15 @@ def assembled(config, clip_config, state, tokenizer=None):
     return model
 
 
+@torch.inference_mode()
+def try_out(model):
+    """Raises almost anything if a model that was read cannot ground: then its config claims what its weights are not."""
+    config, last = model.config, model.clip.config.vocab_size - 1
+    torch.tensor((config.mean, config.std)).view(2, 3)
+    images = torch.zeros(1, 3, config.image_size, config.image_size)
+    model.eval()(images, torch.tensor([[last - 1, last]]))
+
+
 def load_model(path):
     """(HiVG in the stage it was saved in, the checkpoint's whole content), from train.py's files or the authors'.
 
@@ -530,13 +539,20 @@ def load_model(path):
     with clip_model.explaining(f"{path} is no checkpoint of HiVG", way_out):
         content = clip_model.read_weights(path)
         if "vl_pos_embed.weight" in content.get("model", {}):
-            return from_authors(content["model"], vars(content["args"])), content
-        if content["format"] != "hivg-1":
+            model = from_authors(content["model"], vars(content["args"]))
+        elif content["format"] == "hivg-1":
+            state, tokenizer = content["model"], Tokenizer(io.StringIO(content["vocabulary"]))
+            clip = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+            sizes = clip_model.config_from(clip)
+            model = assembled(HiVGConfig(**content["config"]), sizes, state, tokenizer)
+            if tokenizer.vocab_size != sizes.vocab_size:
+                raise ValueError(
+                    f"its vocabulary has not the {sizes.vocab_size} tokens of its CLIP"
+                )
+        else:
             raise ValueError(f"its format is {content['format']}")
-        state, tokenizer = content["model"], Tokenizer(io.StringIO(content["vocabulary"]))
-        clip = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
-        config = HiVGConfig(**content["config"])
-        return assembled(config, clip_model.config_from(clip), state, tokenizer), content
+        try_out(model)
+        return model, content
 
 
 def load_checkpoint(path, device="cpu"):

@@ -3,9 +3,11 @@
     python train.py --dataset shapes                             # two CPU cores, nothing to download
     python train.py --dataset refcoco --data-root data           # COCO's images, refer's files, CLIP ViT-B/16
     python train.py --dataset refcoco --data-root data --resume  # go on where that run was stopped
+    torchrun --standalone --nproc_per_node=4 train.py --dataset refcoco --data-root data
+    python train.py --benchmark                                  # how fast it is here
 
-Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is none to download), train_epoch
-(the loop), run (the account, the stages, the final evaluation), main (the flags).
+Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is none to download), train_step,
+train_epoch (the loop), train_and_evaluate (the account, the stages, the final evaluation), main (the flags).
 
 What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line for each epoch), config.json
 (what was used), results_DATASET.json and a contact sheet for each split.
@@ -447,9 +449,8 @@ def train_and_evaluate(args, device):
             settings = content["settings"] | {"resume": True}
             args = argparse.Namespace(**settings)
             progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
-        if args.processes != processes():
-            what = f"{last} is of a run of {args.processes} processes, not {processes()}"
-            raise HiVGError(f"{what}: start as many.")
+            if args.processes != processes():
+                raise ValueError(f"{args.processes} processes made it, not {processes()}")
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     else:
