@@ -76,7 +76,10 @@ def exit_with(job, args):
         job(args)
     except BaseException as error:
         # a loader in its frames would keep its workers, which ignore SIGTERM, and they this process
-        traceback.clear_frames(error.__traceback__)
+        chain = error
+        while chain:
+            traceback.clear_frames(chain.__traceback__)
+            chain = chain.__context__
         if isinstance(error, HiVGError):  # a worker sends its traceback too: what counts is its end
             sys.exit("error: " + str(error).rpartition("HiVGError: ")[2].strip())
         if isinstance(error, KeyboardInterrupt):
@@ -227,11 +230,11 @@ def attend(q, k, v, heads, mask=None, causal=False, dropout=NO_DROPOUT):
     p = dropout.p if dropout.training else 0.0
     if q.device.type == "cpu" and q.requires_grad and (p or q.dtype is torch.bfloat16):
         # written out: of bf16 the backward of the fused kernel takes 6 times as long, and there is none with dropout
-        logits = q @ k.mT / math.sqrt(q.shape[-1])  # [B, heads, Nq, Nk]
+        logits = q / math.sqrt(q.shape[-1]) @ k.mT  # [B, heads, Nq, Nk]
         if causal:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
         if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
+            logits = logits.masked_fill_(~mask, -math.inf)
         out = dropout(logits.softmax(dim=-1)) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, mask, p, causal)

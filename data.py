@@ -158,6 +158,12 @@ def as_bytes(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
 
 
+@functools.cache
+def channels(shares):
+    """Three numbers in shares of 255 -> tensor [3, 1, 1]."""
+    return torch.tensor(shares).mul(255).view(3, 1, 1)
+
+
 def in_square(pixels, geometry, mean, std):
     """uint8 tensor [3, h, w] -> the square that the model sees: float32 [3, S, S], normalised, 0 in
     the padding; and bool [S, S], True where it is padding."""
@@ -165,8 +171,7 @@ def in_square(pixels, geometry, mean, std):
     rows, columns = slice(top, top + height), slice(left, left + width)
     square = torch.zeros(3, geometry.side, geometry.side)
     padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
-    mean, std = torch.tensor((mean, std)).mul_(255).view(2, 3, 1, 1)
-    square[:, rows, columns].copy_(pixels).sub_(mean).div_(std)
+    square[:, rows, columns].copy_(pixels).sub_(channels(mean)).div_(channels(std))
     padding[rows, columns] = False
     return square, padding
 

@@ -57,8 +57,8 @@ def keep_freed_memory():
     """Linux's malloc gives large blocks back to the system as they are freed, and every step pays for fresh pages, on a CPU up to a
     fifth of its time: let it keep them."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    for option, value in ((-1, 2**31 - 1), (-3, 2**31 - 1), (-8, 1)) if mallopt else ():
-        mallopt(option, value)  # thresholds of giving back and of mmap; one arena for all threads
+    for option, value in ((-1, 2**31 - 1), (-4, 0), (-8, 1)) if mallopt else ():
+        mallopt(option, value)  # M_TRIM_THRESHOLD; M_MMAP_MAX; M_ARENA_MAX: one for all threads
 
 
 def rank():
@@ -79,12 +79,14 @@ def joined(name=None):
     If another of them fails, that is a HiVGError.
     """
     keep_freed_memory()
+    number = os.environ.get("LOCAL_RANK")  # of torchrun
+    if number and (name or "cuda") == "cuda" and torch.cuda.is_available():
+        name = f"cuda:{number}"
     device = pick_device(name)
-    if "LOCAL_RANK" not in os.environ:  # not of torchrun
+    if not number:
         yield device
         return
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=1))
@@ -98,6 +100,16 @@ def joined(name=None):
         what = f"Process {rank()} of {processes()} has lost another one ({str(error)[:200]})"
         raise HiVGError(f"{what}: see what that one says, and go on with --resume.") from error
     dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first():
+    """What is inside is done by the first process; then the others find what it has made."""
+    if rank():
+        dist.all_reduce(torch.zeros(1))
+    yield
+    if processes() > 1 and rank() == 0:
+        dist.all_reduce(torch.zeros(1))
 
 
 # ----------------------------------------------------------------------------------- boxes and accuracy
@@ -415,7 +427,9 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     """Evaluate splits of a data set, by default all but train; print the table, write results_NAME.json and a contact sheet
     for each split into `output`. skip_bad: leave out pictures that cannot be read."""
     rows, config = [], model.config
-    splits = splits or [s for s in data.available_splits(name, data_root) if s != "train"]
+    with first_process_first():
+        there = data.available_splits(name, data_root)
+    splits = splits or [split for split in there if split != "train"]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = functools.partial(data.GroundingDataset, name, data_root=data_root, skip_bad=skip_bad)
     for dataset in [read(split=split, **picture) for split in splits]:
@@ -499,7 +513,8 @@ def show(model, args):
             for name, weights in attention_maps(model, image, text).items():
                 panels.append((overlay(image, weights, model.config.image_size), name))
     picture = sheet(panels, columns=len(panels) // len(args.text)) if args.attention else found
-    save(picture, args.output or Path(args.image).stem + "_found.png")
+    if rank() == 0:
+        save(picture, args.output or Path(args.image).stem + "_found.png")
 
 
 def main():

@@ -525,9 +525,10 @@ def assembled(config, clip_config, state, tokenizer=None):
 def try_out(model):
     """Raises almost anything if a model that was read cannot ground: then its config claims what its weights are not."""
     config, last = model.config, model.clip.config.vocab_size - 1
-    torch.tensor((config.mean, config.std)).view(2, 3)
-    images = torch.zeros(1, 3, config.image_size, config.image_size)
-    model.eval()(images, torch.tensor([[last - 1, last]]))
+    mean, std = torch.tensor((config.mean, config.std)).view(2, 3, 1, 1)
+    images = (torch.zeros(1, 3, config.image_size, config.image_size) - mean) / std
+    if not model.eval()(images, torch.tensor([[last - 1, last]])).boxes.isfinite().all():
+        raise ValueError("it finds no numbers for a box")
 
 
 def load_model(path):

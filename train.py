@@ -50,6 +50,7 @@ from evaluate import (
     at_least,
     evaluate,
     evaluate_splits,
+    first_process_first,
     inference_rows,
     inputs_of,
     joined,
@@ -209,6 +210,8 @@ def shapes_clip(folder, seed, device, context):
         if step % 20 == 0:
             right = (logits.argmax(dim=1) == target).float().mean()
             bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
+    if not math.isfinite(loss.item()):
+        raise HiVGError(f"The training of CLIP came to nothing: a loss of {loss.item()}.")
     clip_model.save_clip(clip, path)
     return path
 
@@ -319,8 +322,8 @@ def train_epoch(model, loader, order, optimizer, rates, progress, args, context,
         bad = sum(int((~batch["read"]).sum()) for batch in batches)
         stopping, bad = summed(bool(STOP), bad)
         progress = progress._replace(skipped=progress.skipped + int(bad))
-        due = stopping or time.time() > saved + SAVE_EVERY
-        if due or step % READ_EVERY == 0 or step + 1 == len(rates):
+        due = stopping or step + 1 == len(rates) or time.time() > saved + SAVE_EVERY
+        if due or step % READ_EVERY == 0:
             for past, values in enumerate(torch.stack(unread).tolist(), progress.step):
                 if not all(map(math.isfinite, values)):
                     numbers = order[past * each :][:each].flatten().tolist()
@@ -400,22 +403,14 @@ def start(args, device, context):
 
 
 def run(args):
-    """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
+    """Train or measure, alone or as one of several processes."""
     with joined(args.device) as device:
+        if args.benchmark and processes() > 1:
+            raise HiVGError("--benchmark is for one process: leave torchrun out.")
         if args.benchmark:
             benchmark(args, device)
         else:
             train_and_evaluate(args, device)
-
-
-@contextmanager
-def first_process_first():
-    """What is inside is done by the first process; then the others find what it has made."""
-    if rank():
-        summed()
-    yield
-    if rank() == 0:
-        summed()
 
 
 def writable(output):
@@ -449,8 +444,9 @@ def train_and_evaluate(args, device):
             settings = content["settings"] | {"resume": True}
             args = argparse.Namespace(**settings)
             progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
-            if args.processes != processes():
-                raise ValueError(f"{args.processes} processes made it, not {processes()}")
+            before = args.processes
+        if before != processes():
+            raise HiVGError(f"{last} is of a run of {before} processes: start as many.")
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     else:
@@ -504,7 +500,8 @@ def train_and_evaluate(args, device):
         state = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
         write(last, settings=vars(args), **state)
 
-    has_room(output, model)
+    if not args.resume:
+        has_room(output, model)
     write_text(
         "config.json", json.dumps({"settings": vars(args), "model": asdict(config)}, indent=2)
     )
@@ -515,11 +512,15 @@ def train_and_evaluate(args, device):
             stage, warmup = progress.stage, max(0, progress.stage)
             epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
             most = len(train_set) // (processes() * args.accumulate)
+            if not most:
+                what = f"{len(train_set)} expressions are too few for {processes()} processes"
+                raise HiVGError(f"{what} with --accumulate {args.accumulate}: take fewer.")
             size = min(args.batch_size[warmup], most)
             torch.manual_seed(data.seed_from(args.seed, 1 + stage))  # of new pairs
             model.enter_stage(stage)
             model.checkpointing = args.checkpointing
             if args.compile:
+                torch.compiler.reset()  # it stops compiling what has changed too often
                 model.compile()
             trained = [p for p in model.parameters() if p.requires_grad]
             top, settings = args.lr[warmup], dict(betas=preset.betas, weight_decay=WEIGHT_DECAY)
@@ -543,7 +544,12 @@ def train_and_evaluate(args, device):
                     means = (round(total / steps, 4) for total in progress.sums)
                     line["losses"] = dict(zip(args.losses, means))
                     line |= {"train_skipped": progress.skipped} if progress.skipped else {}
-                line |= evaluate(model, val_set, args.workers)
+                try:
+                    line |= evaluate(model, val_set, args.workers)
+                except RuntimeError:
+                    if STOP:  # a signal that has ended its workers, too
+                        raise KeyboardInterrupt from None
+                    raise
                 line["seconds"] = round(time.time() - began, 1)
                 best_yet = max(progress.best, line["acc"])
                 progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))

@@ -1127,3 +1127,20 @@ def test_shapes_are_downloaded_by_drawing_them(small_shapes, tmp_path, monkeypat
     table = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in table] == ["train", "val", "testA", "testB"]
     assert all(line.split()[2:] == ["-", "0", "0", "0"] for line in table)
+
+
+def test_a_reduced_jpeg_shows_the_same(tmp_path):
+    """Decoded at a fraction of its size or whole, a region of a JPEG comes out alike and in place; other formats as ever."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(256, size=(12, 16, 3), dtype="u1"))
+    coarse.resize((643, 481)).save(tmp_path / "a.jpg", quality=95)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    for region, long_side in (((0, 0, 643, 481), 56), ((100.5, 60, 420, 400.25), 128)):
+        geometry = letterbox(region, 224, long_side)
+        whole = data.cut(load_image(tmp_path / "a.jpg"), geometry)
+        for name, most in (("a.jpg", 2.0), ("a.png", 0.0)):
+            with data.opened(tmp_path / name) as image:
+                found = data.cut_reduced(image, geometry)
+                assert (image.width < 643) == (name == "a.jpg")
+            difference = np.abs(np.asarray(found, float) - np.asarray(whole, float))
+            assert found.size == whole.size and difference.mean() <= most

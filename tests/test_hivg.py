@@ -575,3 +575,20 @@ def test_the_warm_up_without_bridges(tokenizer):
     assert (after - before).abs().max() > 1e-6
     without.enter_stage(-1)
     close(without(*batch).boxes, before, 0)
+
+
+def test_checkpointing_changes_no_gradient(tokenizer):
+    """Layers that are computed again in the backward pass, with the dropout of the first time, give the same gradients."""
+    model = tiny_model(tokenizer, 2, dropout=0.2, lora_dropout=0.2).train()
+    images, tokens, padding = tiny_batch(model)
+    gradients, calls = [], []
+    model.layers[0].register_forward_hook(lambda *given: calls.append(model.checkpointing))
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(3)
+        output = model(images, tokens, padding, for_losses=True)
+        (output.boxes.sum() + output.region_logits.square().mean()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert calls == [False, True, True]  # once more in the backward pass
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)

@@ -152,7 +152,12 @@ def test_workers_do_not_matter(
 
     monkeypatch.setattr(train, "train_step", step)
     assert command(monkeypatch, train, *words) is None
-    assert len(seen) == 24 // accumulate and {len(texts) for texts in seen} == {2 * accumulate}
+    dataset, expected = data.GroundingDataset("refcoco", "train", refer_root, 32), []
+    for stage in (1, 2):
+        for epoch in range(3):
+            order = data.shuffled((0, stage, epoch), 8, 2).flatten().view(-1, 2 * accumulate)
+            expected += [[dataset.samples[i].text for i in row] for row in order.tolist()]
+    assert seen == expected
     if accumulate == 1:
         same_run(output, whole)
 
@@ -261,5 +266,5 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
     code = command(monkeypatch, train, *words)
     assert "No space left on device" in code and "\n" not in code
     progress = torch.load(tmp_path / "run/last.pt", weights_only=True)["progress"]
-    assert progress["epoch"] == 1
+    assert (progress["epoch"], progress["step"]) == (0, 2)  # before its evaluation
     assert not list((tmp_path / "run").glob(".*"))

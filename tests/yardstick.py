@@ -57,6 +57,7 @@ def plain(path):
 
 if __name__ == "__main__":
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    evaluate.keep_freed_memory()  # as train.py and evaluate.py do
     config = transformers.CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
