@@ -582,7 +582,7 @@ def test_checkpointing_changes_no_gradient(tokenizer):
     model = tiny_model(tokenizer, 2, dropout=0.2, lora_dropout=0.2).train()
     images, tokens, padding = tiny_batch(model)
     gradients, calls = [], []
-    model.layers[0].register_forward_hook(lambda *given: calls.append(model.checkpointing))
+    model.layers[0].register_forward_pre_hook(lambda *given: calls.append(model.checkpointing))
     for model.checkpointing in (False, True):
         model.zero_grad()
         torch.manual_seed(3)
