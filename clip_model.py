@@ -477,9 +477,8 @@ def clip_tokenizer():
 STORAGES = {f"{name}Storage" for name in ("Half", "Float", "Double", "BFloat16", "Long", "Int")}
 
 
-class ArchiveUnpickler(
-    pickle._Unpickler
-):  # Python's own: the one in C makes room for what a file claims
+# Python's own: the one in C makes room for what a file claims
+class ArchiveUnpickler(pickle._Unpickler):
     """Reads data.pkl of a TorchScript archive. Its modules become plain holders of attributes; no code is run."""
 
     class Holder:

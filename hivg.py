@@ -212,9 +212,8 @@ class HiVG(nn.Module):
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
         self.config, self.tokenizer = config.filled(clip.config), tokenizer
-        self.checkpointing = (
-            False  # layers computed again in the backward pass: slower, less memory
-        )
+        # layers are computed again in the backward pass: slower, less memory
+        self.checkpointing = False
         config = self.config
         clip.resize(config.image_size)
         sizes, depth = clip.config, clip.config.vision_layers
