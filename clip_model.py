@@ -1,16 +1,17 @@
 """CLIP from scratch: the tokenizer, the two towers, and the reading of released weights as data.
 
-Reading order: Tokenizer (text -> ids), attend and Block (one pre-norm transformer block), VisionTransformer and CLIP
-(the towers; parameter names are those of OpenAI's files), download, then load_clip with what it reads: archives, state
-dicts, safetensors, Hugging Face's names.
-HiVG (hivg.py) walks through the blocks of these towers itself; nothing here knows of it.
+Reading order: Tokenizer (text -> ids), attend and Block (one pre-norm transformer block),
+VisionTransformer and CLIP (the towers; parameter names are those of OpenAI's files), download, then
+load_clip with what it reads: archives, state dicts, safetensors, Hugging Face's names. HiVG
+(hivg.py) walks through the blocks of these towers itself; nothing here knows of it.
 
     from clip_model import load_clip, tokenize
     clip = load_clip("ViT-B/16")                                     # fp32, eval mode
     logits = clip(images, tokenize(["a cat", "two dogs"]))           # [B, 2]
 
-Letters: B samples, N image tokens, T text tokens, d width of a tower, D joint width, S image side, P patch side.
-This file can be copied into another project as it is; it needs torch, ftfy, regex and tqdm.
+Letters: B samples, N image tokens, T text tokens, d width of a tower, D joint width, S image side,
+P patch side. This file can be copied into another project as it is; it needs torch, ftfy, regex and
+tqdm.
 """
 
 import argparse
@@ -42,12 +43,13 @@ from tqdm import tqdm
 
 
 class HiVGError(Exception):
-    """The project's own error: one sentence that says what is wrong, with which file, and what to do."""
+    """The project's own error: one sentence on what is wrong, with which file, and what to do."""
 
 
 @contextmanager
 def explaining(what, way_out):
-    """Whatever goes wrong inside becomes one sentence, "what (reason): way_out.": damaged files raise almost anything."""
+    """Whatever goes wrong inside becomes one sentence, "what (reason): way_out.": damaged files
+    raise almost anything."""
     try:
         yield
     except Exception as error:
@@ -58,7 +60,8 @@ def explaining(what, way_out):
 
 @contextmanager
 def replacing(path):
-    """Give a temporary name beside `path`, renamed to `path` if all went well: never a half-written file."""
+    """Give a temporary name beside `path`, renamed to `path` if all went well: never a half-written
+    file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explaining(f"{path} cannot be written", "name another place"):
@@ -87,7 +90,7 @@ def exit_with(job, args):
         raise
 
 
-# ------------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = (
@@ -101,8 +104,9 @@ MAX_MERGES = 49152 - 256 - 2  # CLIP's file holds more than it uses
 def byte_symbols():
     """One printable character for each of the 256 bytes, so that merges can be kept in a text file.
 
-    Printable latin-1 characters stand for themselves; the others are numbered from 256 on: byte 32 (blank) is "Ġ".
-    The order is the order of ids in the vocabulary, so the printable ones come first.
+    Printable latin-1 characters stand for themselves; the others are numbered from 256 on: byte 32
+    (blank) is "Ġ". The order is the order of ids in the vocabulary, so the printable ones come
+    first.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -112,8 +116,9 @@ def byte_symbols():
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
-    merges_file: path of a merges file (plain or .gz: one header line, then one merge "a b" per line), or an open
-    text file. Ids are: 256 symbols, the same 256 at the end of a word, one per merge, start token, end token.
+    merges_file: path of a merges file (plain or .gz: one header line, then one merge "a b" per
+    line), or an open text file. Ids are: 256 symbols, the same 256 at the end of a word, one per
+    merge, start token, end token.
     """
 
     def __init__(self, merges_file):
@@ -138,7 +143,8 @@ class Tokenizer:
         self.ids_of = functools.lru_cache(maxsize=2**17)(lambda text: tuple(self.encode(text)))
 
     def bpe(self, word):
-        """The symbols of one word: merge the neighbouring pair of lowest rank until none is left to merge."""
+        """The symbols of one word: merge the neighbouring pair of lowest rank until none is left to
+        merge."""
         if word in (START, END):
             return (word,)
         parts = (*word[:-1], word[-1] + "</w>")
@@ -155,7 +161,7 @@ class Tokenizer:
         return parts
 
     def encode(self, text):
-        """Ids of a str, without start and end token. Of a text without end only the beginning is read."""
+        """Ids of a str, without start and end token; of an endless text only the beginning."""
         text = text[:MOST_CHARACTERS]
         text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
         text = " ".join(text.split()).lower()
@@ -172,7 +178,7 @@ class Tokenizer:
         return bytearray(bytes_of.get(c, 32) for c in text).decode("utf-8", errors="replace")
 
     def __call__(self, texts, context_length=77):
-        """texts: a str or a list of str -> LongTensor [N, context_length], zero after the end token.
+        """texts: a str or a list of str -> LongTensor [N, context_length], zero after the end.
 
         A longer text is cut so that the end token stays last.
         """
@@ -185,11 +191,11 @@ class Tokenizer:
 
 
 def tokenize(texts, context_length=77):
-    """texts: a str or a list of str -> LongTensor [N, context_length] with CLIP's own vocabulary."""
+    """texts: a str or a list of str -> LongTensor [N, context_length], with CLIP's vocabulary."""
     return clip_tokenizer()(texts, context_length)
 
 
-# ---------------------------------------------------------------------------------------------------- towers
+# ------------------------------------------------------------------------------------------- towers
 
 
 @dataclass
@@ -222,14 +228,15 @@ NO_DROPOUT = nn.Dropout(0.0)
 def attend(q, k, v, heads, mask=None, causal=False, dropout=NO_DROPOUT):
     """softmax(q k^T / sqrt(d / heads)) v, head by head.
 
-    q [B, Nq, d], k and v [B, Nk, d]; mask: bool, broadcast to [B, heads, Nq, Nk], True = attend; dropout: an nn.Dropout, of the
-    softmax. Returns [B, Nq, d].
+    q [B, Nq, d], k and v [B, Nk, d]; mask: bool, broadcast to [B, heads, Nq, Nk], True = attend;
+    dropout: an nn.Dropout, of the softmax. Returns [B, Nq, d].
     """
     # [B, N, d] -> [B, heads, N, d / heads]
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     p = dropout.p if dropout.training else 0.0
     if q.device.type == "cpu" and q.requires_grad and (p or q.dtype is torch.bfloat16):
-        # written out: of bf16 the backward of the fused kernel takes 6 times as long, and there is none with dropout
+        # written out: of bf16 the backward of the fused kernel takes 6 times as long, and there is
+        # none with dropout
         logits = q / math.sqrt(q.shape[-1]) @ k.mT  # [B, heads, Nq, Nk]
         if causal:
             mask = torch.ones(logits.shape[-2:], dtype=torch.bool).tril()
@@ -325,7 +332,8 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers. Names of parameters are those of OpenAI's state dicts (in_proj.weight there: in_proj_weight)."""
+    """Both towers. Names of parameters are those of OpenAI's state dicts (in_proj.weight there:
+    in_proj_weight)."""
 
     def __init__(self, config):
         super().__init__()
@@ -340,9 +348,11 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def text_states(self, tokens):
-        """tokens [B, T] -> the outputs of all text blocks, a list of [B, T, d_t], before the final LayerNorm.
+        """tokens [B, T] -> the outputs of all text blocks, a list of [B, T, d_t], before the final
+        LayerNorm.
 
-        Causal, so what comes after the end token changes nothing before it: T may be cut to the longest text.
+        Causal, so what comes after the end token changes nothing before it: T may be cut to the
+        longest text.
         """
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
         states = []
@@ -360,18 +370,18 @@ class CLIP(nn.Module):
         return self.visual(images)
 
     def encode_text(self, tokens):
-        """tokens [B, T] -> text vectors [B, D] at the end token (the largest id), not normalised."""
+        """tokens [B, T] -> text vectors [B, D] at the end (the largest id), not normalised."""
         state = self.text_states(tokens)[-1]
         return self.project_text(state[torch.arange(len(tokens)), tokens.argmax(dim=1)])
 
     def forward(self, images, tokens):
-        """Cosine similarity times CLIP's logit scale: images [B, 3, S, S], tokens [N, T] -> [B, N]."""
+        """Cosines times CLIP's logit scale: images [B, 3, S, S], tokens [N, T] -> [B, N]."""
         image = F.normalize(self.encode_image(images), dim=-1)
         text = F.normalize(self.encode_text(tokens), dim=-1)
         return self.logit_scale.exp() * image @ text.T
 
     def resize(self, image_size):
-        """Adapt the grid of positional embeddings to images of another side (bicubic, antialiased), in place."""
+        """Fit the grid of positions to images of another side (bicubic, antialiased), in place."""
         if image_size == self.config.image_size:
             return
         patch = self.config.patch_size
@@ -386,7 +396,7 @@ class CLIP(nn.Module):
         self.config.image_size = image_size
 
 
-# ------------------------------------------------------------------------------------- weights from outside
+# ----------------------------------------------------------------------------- weights from outside
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
@@ -401,7 +411,8 @@ VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 
 
 def fetch_rest(url, part, size):
-    """One try of `download`: append to `part`, which has `size` bytes, what it lacks. Raises almost anything."""
+    """One try of `download`: append to `part`, which has `size` bytes, what it lacks. Raises almost
+    anything."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
     try:
         reply = urllib.request.urlopen(request, timeout=30)
@@ -428,8 +439,8 @@ def fetch_rest(url, part, size):
 
 
 def download(url, path, sha256=None):
-    """Fetch a file to `path`, with a bar. What a broken connection leaves is kept as path.part: the next try, or call, asks
-    for the rest. It tries again as long as that brings anything.
+    """Fetch a file to `path`, with a bar. What a broken connection leaves is kept as path.part: the
+    next try, or call, asks for the rest. It tries again as long as that brings anything.
 
     Raises HiVGError where the file cannot be had whole, or its sha256 is not the right one.
     """
@@ -455,7 +466,7 @@ def download(url, path, sha256=None):
 
 
 def cached(url, sha256):
-    """Path of a file of `url` in $CLIP_CACHE (default ~/.cache/clip), downloaded if it is not there yet.
+    """Path of a file of `url` in $CLIP_CACHE (default ~/.cache/clip), downloaded if missing.
 
     Raises HiVGError without network, or where the file's sha256 is not the right one.
     """
@@ -479,7 +490,8 @@ STORAGES = {f"{name}Storage" for name in ("Half", "Float", "Double", "BFloat16",
 
 # Python's own: the one in C makes room for what a file claims
 class ArchiveUnpickler(pickle._Unpickler):
-    """Reads data.pkl of a TorchScript archive. Its modules become plain holders of attributes; no code is run."""
+    """Reads data.pkl of a TorchScript archive. Its modules become plain holders of attributes; no
+    code is run."""
 
     class Holder:
         def __setstate__(self, state):
@@ -546,8 +558,8 @@ def read_safetensors(path):
 
 
 def read_weights(path):
-    """What torch.load reads from `path` (plain data and tensors only), a TorchScript archive's state dict, or that of a
-    .safetensors file.
+    """What torch.load reads from `path` (plain data and tensors only), a TorchScript archive's
+    state dict, or that of a .safetensors file.
 
     Raises almost anything for a damaged or hostile file: to be called within `explaining`.
     """
@@ -566,7 +578,7 @@ def read_weights(path):
 
 
 def renamed(state, table):
-    """The entries of `state` under other names: every (pattern, replacement) of the table in turn."""
+    """The entries of `state`, renamed by every (pattern, replacement) of the table in turn."""
     return {
         functools.reduce(lambda n, row: re.sub(*row, n), table, name): state[name] for name in state
     }
@@ -636,8 +648,9 @@ def config_from(state):
 def load_clip(name_or_path):
     """CLIP by name (downloaded into $CLIP_CACHE) or from a file: fp32, eval mode.
 
-    Reads OpenAI's TorchScript archives, state dicts in their names or Hugging Face's (.bin, .safetensors), and the CLIP
-    that HiVG's authors adapted, whose LoRA is folded; sizes follow from the shapes. Raises HiVGError for anything else.
+    Reads OpenAI's TorchScript archives, state dicts in their names or Hugging Face's (.bin,
+    .safetensors), and the CLIP that HiVG's authors adapted, whose LoRA is folded; sizes follow from
+    the shapes. Raises HiVGError for anything else.
     """
     path = name_or_path
     if name_or_path in RELEASED:

@@ -1,14 +1,15 @@
 """What the model is fed: pictures, expressions and boxes; and a small world to learn from.
 
-    python data.py download --dataset refcoco --data-root data   # annotations and pictures, as far as they can be had
-    python data.py check --dataset refcoco --data-root data      # is all of it there, and readable?
+    python data.py download --dataset refcoco --data-root data  # what can be had
+    python data.py check --dataset refcoco --data-root data     # is all of it there and readable?
 
 Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `to_square` and
 `to_pixels` (where a photograph lies in the model's square, there and back), `random_geometry` and
 `jitter` (training's augmentation), `DATASETS` with the readers of the files they come in
-(`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the shapes data set, which is
-generated: tables of kinds, colours and words, `expression` (one sentence, proven true of exactly
-one shape), `make_scene` and `generate_shapes`; and last the two commands, `check` and `get`, which is download.
+(`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the
+shapes data set, which is generated: tables of kinds, colours and words, `expression` (one sentence,
+proven true of exactly one shape), `make_scene` and `generate_shapes`; and last the two commands,
+`check` and `get`, which is download.
 
 Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
 w, h: those are shares, 0 to 1, of the padded square.
@@ -50,7 +51,7 @@ MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program 
 # of a pool of processes: Ctrl-C is for the one that waits for them
 QUIET = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
-# ---------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def to_rgb(image):
@@ -68,8 +69,8 @@ def to_rgb(image):
 def opened(path):
     """A picture file as a PIL image that is not decoded yet.
 
-    Raises HiVGError for a file that is missing, empty, no picture, or too large; and, where it is decoded
-    inside, broken.
+    Raises HiVGError for a file that is missing, empty, no picture, or too large; and, where it is
+    decoded inside, broken.
     """
     with explaining(f"{path} cannot be read as a picture", "replace it"):
         if not os.path.getsize(path):
@@ -143,8 +144,9 @@ def cut(image, geometry):
 
 
 def cut_reduced(image, geometry):
-    """The same of a PIL image that is not decoded yet, about as sharp: a JPEG is decoded at a half, a quarter or an eighth of
-    its size, as far as that is no less than the region needs. For training, where speed counts."""
+    """The same of a PIL image that is not decoded yet, about as sharp: a JPEG is decoded at a half,
+    a quarter or an eighth of its size, as far as that is no less than the region needs. For
+    training, where speed counts."""
     (x1, _, x2, _), size = geometry.region, image.size
     least = [math.ceil(side * geometry.inner[2] / (x2 - x1)) for side in size]
     draft = image.draft(None, least)  # mode and box of the reduced picture; None if it is no JPEG
@@ -182,7 +184,7 @@ def prepare(image, image_size, mean=MEAN, std=STD):
     return *in_square(as_bytes(cut(to_rgb(image), geometry)), geometry, mean, std), geometry
 
 
-# ------------------------------------------------------------------------------------ augmentation
+# ------------------------------------------------------------------------------------- augmentation
 
 PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost, topmost, ...
 
@@ -219,7 +221,7 @@ def jitter(rng, image):
     return image
 
 
-# ------------------------------------------------------------------------------ the data sets' files
+# ----------------------------------------------------------------------------- the data sets' files
 
 COCO = (
     "python data.py download fetches what is not there (from web.archive.org and "
@@ -232,13 +234,13 @@ REFERIT = (
     "x1 y1 x2 y2, phrase"
 )
 FLICKR = (
-    "ask for the pictures with the form at shannon.cs.illinois.edu/DenotationGraph and put them into "
-    f"Flickr30k/flickr30k-images; take {LISTS}, flickr/flickr_train.pth and so on: tuples of file, "
+    "ask for the pictures with the form at shannon.cs.illinois.edu/DenotationGraph and put them "
+    f"into Flickr30k/flickr30k-images; take {LISTS}, flickr/flickr_train.pth and so on: tuples of file, "
     "box x1 y1 x2 y2, phrase; Flickr30k Entities' own XML and sentence files are not read"
 )
 MIXUP = (
-    f"take {LISTS}, mixup/mixup_train.pth and so on: tuples of file, size, box x y w h, phrase; the "
-    "pictures are those of refcoco, referit and flickr30k"
+    f"take {LISTS}, mixup/mixup_train.pth and so on: tuples of file, size, box x y w h, phrase; "
+    "the pictures are those of refcoco, referit and flickr30k"
 )
 OWN = (
     "write train.jsonl, val.jsonl and so on into the data root, with lines like "
@@ -318,8 +320,9 @@ class Sample(NamedTuple):
 
 
 class PlainUnpickler(pickle._Unpickler):
-    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing. Python's own, not the faster one in
-    C: that makes room for as many objects as a file claims to number."""
+    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing.
+    Python's own, not the faster one in C: that makes room for as many objects as a file claims to
+    number."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no plain data")
@@ -411,7 +414,7 @@ def parsed(path, read, changed):
 
 
 def read_file(path, read, origin):
-    """read(open file). Any failure is a HiVGError that says what the matter is and where to get it."""
+    """read(open file). Any failure is a HiVGError: what the matter is and where to get it."""
     with explaining(f"{path} cannot be read", origin):
         return parsed(path, read, os.stat(path).st_mtime_ns)
 
@@ -467,9 +470,9 @@ EMPTY, CLIPPED = "empty expressions left out", "boxes clipped to their picture"
 
 
 def read_split(name, split, data_root):
-    """What the files hold of one split: a list of Sample, whose pictures need not be there; how many
-    expressions there were before any was left out; and a Counter of what was left out or changed.
-    All of it is empty where there is no file.
+    """What the files hold of one split: a list of Sample, whose pictures need not be there; how
+    many expressions there were before any was left out; and a Counter of what was left out or
+    changed. All of it is empty where there is no file.
 
     Raises HiVGError with one sentence for unknown names and for files that are broken.
     """
@@ -510,8 +513,8 @@ def missing_pictures(samples):
 
 
 def read_samples(names, split, data_root):
-    """The samples of one split of several data sets, one after the other, and a report: sentences on
-    what was left out. Of train that is also what another of the sets has in its val or tests.
+    """The samples of one split of several data sets, one after the other, and a report: sentences
+    on what was left out. Of train that is also what another of the sets has in its val or tests.
 
     Several sets need not have a test split all of them. Raises HiVGError where nothing is left, or
     a picture is missing.
@@ -557,13 +560,13 @@ class GroundingDataset(torch.utils.data.Dataset):
     name: a data set, or a list of them, whose samples follow one another. What of a train split has
     its picture in another set's val or tests is then left out.
 
-    read     bool: False if another sample stands here, as this one's picture cannot be read (skip_bad)
+    read     bool: False where another sample stands in, as this picture cannot be read (skip_bad)
 
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
-    is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the worker or from
-    what was read before. cache keeps the resized pictures in memory (without augment only): for
-    small data sets. skip_bad: instead of a sample whose picture cannot be read, take the next one. `report` says
-    what was left out of the files.
+    is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the
+    worker or from what was read before. cache keeps the resized pictures in memory (without augment
+    only): for small data sets. skip_bad: instead of a sample whose picture cannot be read, take the
+    next one. `report` says what was left out of the files.
     """
 
     def __init__(
@@ -591,7 +594,7 @@ class GroundingDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def set_epoch(self, seed, stage, epoch):
-        """Before each epoch, and before its first item is asked for: what its augmentation follows from."""
+        """Before each epoch and its first item: what its augmentation follows from."""
         self.numbers.copy_(torch.tensor((seed, stage, epoch)))
 
     def read(self, sample, index):
@@ -632,16 +635,17 @@ class GroundingDataset(torch.utils.data.Dataset):
 
 
 def ignore(signals, worker):
-    """A loader's worker is not ended by these: they may reach all processes, and are for the one that waits for it."""
+    """A loader's worker is not ended by these: they may reach all processes, and are for the one
+    that waits for it."""
     for number in signals:
         signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset, lists, workers=0, pin_memory=False, ignored=(signal.SIGINT,)):
-    """A DataLoader of batches, dicts with the names of the items: tensors [B, ...] and a list of str.
+    """A DataLoader of batches, dicts as the items are: tensors [B, ...] and a list of str.
 
-    `lists` has the indices of each batch, and may be changed between two passes, while the workers stay; they ignore the
-    signals of `ignored`.
+    `lists` has the indices of each batch, and may be changed between two passes, while the workers
+    stay; they ignore the signals of `ignored`.
     """
     init = functools.partial(ignore, ignored)
     usual = dict(num_workers=workers, worker_init_fn=init, persistent_workers=workers > 0)
@@ -655,10 +659,11 @@ def seed_from(*numbers):
 
 
 def shuffled(numbers, samples, size, parts=1):
-    """The batches of an epoch, LongTensor [batches, parts, size] of indices, in an order that follows from `numbers`.
+    """The batches of an epoch, LongTensor [batches, parts, size] of indices, in an order that
+    follows from `numbers`.
 
-    A batch of `size` for each of the parts (processes): together they see what one would see in larger batches. What is left
-    over at the end waits for another epoch.
+    A batch of `size` for each of the parts (processes): together they see what one would see in
+    larger batches. What is left over at the end waits for another epoch.
     """
     generator = torch.Generator().manual_seed(seed_from(*numbers))
     order = torch.randperm(samples, generator=generator)
@@ -877,8 +882,8 @@ def make_scene(job):
 
 
 def learn_merges(words):
-    """Byte-pair encoding: the commonest pair of neighbouring pieces becomes one, until each word is one.
-    Returns the lines of a merges file."""
+    """Byte-pair encoding: the commonest pair of neighbouring pieces becomes one, until each word is
+    one. Returns the lines of a merges file."""
     merges, words = [], [" " + "  ".join(word) + "</w> " for word in words]  # " r  e  d</w> "
     while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
         first, second = max(sorted(pairs), key=pairs.get)
@@ -942,7 +947,7 @@ def generate_shapes(folder):
     half.replace(folder)
 
 
-# ------------------------------------------------------------------------------ check and download
+# ------------------------------------------------------------------------------- check and download
 
 UNC = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}.zip"
 ZENODO = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
@@ -988,8 +993,8 @@ def check(name, data_root):
 
 
 def fetch(url, data_root, folder, prefix=""):
-    """Download a zip or tar archive, move its files whose names begin with `prefix` into a folder below
-    the data root, without the folders that they lie in there, and remove the archive.
+    """Download a zip or tar archive, move its files whose names begin with `prefix` into a folder
+    below the data root, without the folders that they lie in there, and remove the archive.
 
     A file is whole when it gets there. Raises HiVGError; what is no archive, is damaged or would
     reach outside is removed as well.
@@ -1027,8 +1032,8 @@ def fetch(url, data_root, folder, prefix=""):
 
 
 def get(name, data_root):
-    """Fetch what is not there of a data set; one that can't be had so is a HiVGError that says where
-    to ask for it."""
+    """Fetch what is not there of a data set; one that can't be had so is a HiVGError that says
+    where to ask for it."""
     files, source = split_files(name, data_root), DATASETS[name]
     if "refer" not in source.files:
         raise HiVGError(f"{name} cannot be downloaded: {source.origin}.")

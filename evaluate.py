@@ -1,14 +1,16 @@
-"""Evaluation: accuracy per split and by length of expression, one photograph, speed and cost, pictures of all that.
+"""Evaluation: accuracy per split and by length of expression, one photograph, speed and cost,
+pictures of all that.
 
-    python evaluate.py runs/shapes/best.pt --dataset shapes                          # all splits but train
+    python evaluate.py runs/shapes/best.pt --dataset shapes  # all splits but train
     python evaluate.py runs/refcoco/best.pt --dataset refcoco --split testA --data-root data
-    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man in the red jacket" --output found.jpg
-    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man on the left" "the dog" --attention
+    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man in red"
+    python evaluate.py runs/refcoco/best.pt --image photo.jpg --text "man" "dog" --attention
     python evaluate.py runs/refcoco/best.pt --benchmark --batch-size 32
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground (one photograph), predict and summary (a split), attention_maps (where the model looked), benchmark, the
-pictures (sheet, contact_sheet, overlay, curve), evaluate_splits, run and main.
+Reading order: ground (one photograph), predict and summary (a split), attention_maps (where the
+model looked), benchmark, the pictures (sheet, contact_sheet, overlay, curve), evaluate_splits, run
+and main.
 """
 
 import argparse
@@ -41,11 +43,12 @@ from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, load_model
 
 LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (poster, Fig. 6 c)
 
-# ------------------------------------------------------------------------------------ device and processes
+# ----------------------------------------------------------------------------- device and processes
 
 
 def pick_device(name=None):
-    """The device asked for, or the best there is: cuda, mps, cpu. Float32 products on a GPU are made in TF32."""
+    """The device asked for, or the best there is: cuda, mps, cpu. Float32 products on a GPU are
+    made in TF32."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     with explaining(f"There is no device {name} here", "leave --device out"):
         device = torch.empty(0, device=name or best).device
@@ -54,8 +57,8 @@ def pick_device(name=None):
 
 
 def keep_freed_memory():
-    """Linux's malloc gives large blocks back to the system as they are freed, and every step pays for fresh pages, on a CPU up to a
-    fifth of its time: let it keep them."""
+    """Linux's malloc gives large blocks back to the system as they are freed, and every step pays
+    for fresh pages, on a CPU up to a fifth of its time: let it keep them."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, value in ((-1, 2**31 - 1), (-4, 0), (-8, 1)) if mallopt else ():
         mallopt(option, value)  # M_TRIM_THRESHOLD; M_MMAP_MAX; M_ARENA_MAX: one for all threads
@@ -73,8 +76,8 @@ def processes():
 
 @contextmanager
 def joined(name=None):
-    """Gives the device to work on, see `pick_device`. The processes that torchrun started are joined: each has a GPU of its
-    own, if there are any, and all but the first print nothing.
+    """Gives the device to work on, see `pick_device`. The processes that torchrun started are
+    joined: each has a GPU of its own, if there are any, and all but the first print nothing.
 
     If another of them fails, that is a HiVGError.
     """
@@ -112,7 +115,7 @@ def first_process_first():
         dist.all_reduce(torch.zeros(1))
 
 
-# ----------------------------------------------------------------------------------- boxes and accuracy
+# ------------------------------------------------------------------------------- boxes and accuracy
 
 
 @torch.inference_mode()
@@ -140,8 +143,9 @@ def inputs_of(model, batch):
 
 @torch.inference_mode()
 def predict(model, dataset, batch_size=64, workers=0):
-    """Boxes of a whole data set, in its order: (predicted, true, read); the first two [len(dataset), 4] as cx, cy, w, h, read
-    [len(dataset)] bool, False where the picture could not be read and another stands in its place.
+    """Boxes of a whole data set, in its order: (predicted, true, read); the first two
+    [len(dataset), 4] as cx, cy, w, h, read [len(dataset)] bool, False where the picture could not
+    be read and another stands in its place.
 
     Of several processes each predicts its share, every sample once, and all get the whole.
     """
@@ -166,7 +170,8 @@ def ious(found, true):
 
 
 def score(iou):
-    """{"expressions", "acc"} of IoUs [N]: their number, and Acc@0.5 in percent, None where there are none."""
+    """{"expressions", "acc"} of IoUs [N]: their number, and Acc@0.5 in percent, None where there
+    are none."""
     acc = round(100 * (iou >= 0.5).float().mean().item(), 2) if len(iou) else None
     return {"expressions": len(iou), "acc": acc}
 
@@ -177,8 +182,9 @@ def evaluate(model, dataset, workers=0):
 
 
 def summary(dataset, found, true, read):
-    """{"split", "expressions", "acc", "miou", "lengths"} of a split and its boxes as `predict` gives them; acc is Acc@0.5, both
-    in percent. What could not be read counts nowhere but as "skipped", which is there if that happened.
+    """{"split", "expressions", "acc", "miou", "lengths"} of a split and its boxes as `predict`
+    gives them; acc is Acc@0.5, both in percent. What could not be read counts nowhere but as
+    "skipped", which is there if that happened.
 
     lengths is {"1-5": {"expressions", "acc"}, ...}, the same by number of words.
     """
@@ -195,7 +201,8 @@ def summary(dataset, found, true, read):
 
 
 def table(rows):
-    """The rows of `evaluate` as lines of text: all expressions of each split, then Acc@0.5 by number of words."""
+    """The rows of `evaluate` as lines of text: all expressions of each split, then Acc@0.5 by
+    number of words."""
     splits = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
     by_words = [" ".join(["\nwords   ", *(f"{name:>16}" for name in LENGTHS)])]
     for row in rows:
@@ -208,11 +215,12 @@ def table(rows):
     return "\n".join(splits + by_words)
 
 
-# ---------------------------------------------------------------------------------------- inside the model
+# --------------------------------------------------------------------------------- inside the model
 
 
 def first_attends(q, k, heads, mask=None):
-    """How much the first query attends to each key, mean over heads: what `attend` gives back of one-hot values.
+    """How much the first query attends to each key, mean over heads: what `attend` gives back of
+    one-hot values.
 
     q [1, Nq, d], k [1, Nk, d], mask as in `attend` -> [Nk], sum 1.
     """
@@ -222,11 +230,13 @@ def first_attends(q, k, heads, mask=None):
 
 @torch.inference_mode()
 def attention_maps(model, image, text):
-    """Where the model looks in a PIL image for `text` (poster, Fig. 2): {"[CLS], layer 4": map, ..., "[REG], ...": map}.
+    """Where the model looks in a PIL image for `text` (poster, Fig. 2): {"[CLS], layer 4": map,
+    ..., "[REG], ...": map}.
 
-    Maps are of [CLS] in the visual layers V (in all, if there are no more than 4) and of [REG] in the last grounding layer. Each is
-    a float tensor [g, g], g patches a side of the padded square: the share of the token's attention that goes to each
-    patch, mean over heads. What goes to other tokens is left out, so its sum is at most 1.
+    Maps are of [CLS] in the visual layers V (in all, if there are no more than 4) and of [REG] in
+    the last grounding layer. Each is a float tensor [g, g], g patches a side of the padded square:
+    the share of the token's attention that goes to each patch, mean over heads. What goes to other
+    tokens is left out, so its sum is at most 1.
     """
     blocks, last = model.clip.visual.transformer.resblocks, model.layers[-1].attention
     layers = range(1, len(blocks) + 1) if len(blocks) <= 4 else model.config.visual_layers
@@ -243,7 +253,7 @@ def attention_maps(model, image, text):
     return {name: weights.view(model.grid, -1).cpu() for name, weights in maps.items()}
 
 
-# --------------------------------------------------------------------------------------------- benchmark
+# ---------------------------------------------------------------------------------------- benchmark
 
 SECONDS = 2.0  # of measuring, at least, for each time
 
@@ -263,7 +273,8 @@ def matrix_peak(device, dtype):
 
 
 def measured(what, job, images, device, peak):
-    """A row of the benchmark's table: times, operations (2 a multiply-add) and memory of a job that does so many images."""
+    """A row of the benchmark's table: times, operations (2 a multiply-add) and memory of a job that
+    does so many images."""
     # attention written out: fused kernels are not counted on every device
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         job()
@@ -277,15 +288,15 @@ def measured(what, job, images, device, peak):
 def print_benchmark(rows, peak):
     """The rows of `measured` as a table."""
     print(f"a matrix product here: {peak / 1e9:,.0f} GFLOP/s, which is 100 % MFU")
-    print(
-        f"{'':24} {'batch':>6} {'ms':>9} {'images/s':>9} {'GFLOPs/image':>13} {'MFU %':>6} {'MiB':>8}"
-    )
+    header = ("", "batch", "ms", "images/s", "GFLOPs/image", "MFU %", "MiB")
+    print("{:24} {:>6} {:>9} {:>9} {:>13} {:>6} {:>8}".format(*header))
     for row in rows:
         print("{:24} {:6} {:9.1f} {:9,.1f} {:13.2f} {:6.1f} {:8,.0f}".format(*row))
 
 
 def random_model(name):
-    """HiVG of CLIP's size `name`, a key of SIZES, in stage 3, with random weights and the letters as vocabulary."""
+    """HiVG of CLIP's size `name`, a key of SIZES, in stage 3, with random weights and the letters
+    as vocabulary."""
     model = HiVG(HiVGConfig(), CLIP(SIZES[name]), Tokenizer(io.StringIO("# no merges")))
     for stage in (1, 2, 3):
         model.enter_stage(stage)
@@ -293,7 +304,8 @@ def random_model(name):
 
 
 def synthetic(model, count):
-    """A batch of made-up items, as data.py gives them: expressions of 15 words, a third of the squares padding."""
+    """A batch of made-up items, as data.py gives them: expressions of 15 words, a third of the
+    squares padding."""
     S = model.config.image_size
     padding = torch.zeros(count, S, S, dtype=torch.bool)
     padding[:, S * 5 // 6 :] = padding[:, : S // 6] = True
@@ -307,8 +319,8 @@ def synthetic(model, count):
 
 @torch.inference_mode()
 def inference_rows(model, batch_size, peak):
-    """Rows of the benchmark: boxes of one image (poster, Fig. 6 a) and of a batch; images come from the CPU, boxes go back.
-    The model is merged and frozen here."""
+    """Rows of the benchmark: boxes of one image (poster, Fig. 6 a) and of a batch; images come from
+    the CPU, boxes go back. The model is merged and frozen here."""
     # frozen: the counter of FLOPs stumbles over slices of parameters that are trained
     model.merge().eval().requires_grad_(False)
     device, rows = next(model.parameters()).device, []
@@ -328,7 +340,7 @@ def peak_memory(device):
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# -------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 TRUE_COLOUR, FOUND_COLOUR = (30, 160, 60), (220, 40, 30)
 
@@ -340,7 +352,8 @@ def draw_box(image, box, colour):
 
 
 def save(picture, path):
-    """Write a PIL image in the format that the path's ending names. Raises HiVGError for an ending of no picture."""
+    """Write a PIL image in the format that the path's ending names. Raises HiVGError for an ending
+    of no picture."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
@@ -350,7 +363,8 @@ def save(picture, path):
 
 
 def sheet(panels, columns, side=240):
-    """One PIL image of many, in rows of `columns`: panels, a list of (PIL image, caption); each gets `side` pixels."""
+    """One PIL image of many, in rows of `columns`: panels, a list of (PIL image, caption); each
+    gets `side` pixels."""
     font = ImageFont.load_default(14)
     width, height, rows = side + 8, side + 44, -(-len(panels) // columns)
     drawn = Image.new("RGB", (columns * width, rows * height), "white")
@@ -364,7 +378,8 @@ def sheet(panels, columns, side=240):
 
 
 def contact_sheet(dataset, found, true, read, path, count=24):
-    """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7: boxes as `predict` gives them.
+    """Write a picture of `count` predictions, evenly over the split, as the poster's Fig. 7: boxes
+    as `predict` gives them.
 
     Green is the true box, red the one found; below each their IoU and the expression.
     """
@@ -385,7 +400,8 @@ NONE, HALF, MOST = (20, 30, 120), (220, 50, 40), (255, 235, 90)  # colours of at
 
 
 def overlay(image, weights, side):
-    """A PIL image, grey, under the colours of attention: weights [g, g] over its padded square of `side` pixels."""
+    """A PIL image, grey, under the colours of attention: weights [g, g] over its padded square of
+    `side` pixels."""
     geometry = data.letterbox((0, 0, *image.size), side)
     left, top, width, height = geometry.inner
     patch = side // len(weights)
@@ -397,10 +413,11 @@ def overlay(image, weights, side):
 
 
 def curve(logs):
-    """Acc@0.5 over the epochs of runs, from their log.jsonl, as PIL image (poster, Fig. 6 d): a line for each run, with the
-    name of its folder.
+    """Acc@0.5 over the epochs of runs, from their log.jsonl, as PIL image (poster, Fig. 6 d): a
+    line for each run, with the name of its folder.
 
-    Where a stage begins is a dotted line; what it begins with, epoch -1, stands there too. Raises HiVGError without matplotlib.
+    Where a stage begins is a dotted line; what it begins with, epoch -1, stands there too. Raises
+    HiVGError without matplotlib.
     """
     with explaining("Curves are drawn with matplotlib", "pip install matplotlib"):
         from matplotlib import pyplot
@@ -424,8 +441,9 @@ def curve(logs):
 
 
 def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0, skip_bad=False):
-    """Evaluate splits of a data set, by default all but train; print the table, write results_NAME.json and a contact sheet
-    for each split into `output`. skip_bad: leave out pictures that cannot be read."""
+    """Evaluate splits of a data set, by default all but train; print the table, write
+    results_NAME.json and a contact sheet for each split into `output`. skip_bad: leave out pictures
+    that cannot be read."""
     rows, config = [], model.config
     with first_process_first():
         there = data.available_splits(name, data_root)
@@ -453,7 +471,7 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     print(f"written to {output}: results_{name}.json")
 
 
-# --------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def at_least(low, kind=int):

@@ -1,12 +1,13 @@
 """HiVG (ACM MM 2024, arXiv 2404.13400): one image and one expression -> one box.
 
-Reading order: HiVGConfig, boxes (IoU, GIoU), Bridge (MACB), GroundingLayer, HiVG (the whole path in `forward`), losses,
-checkpoints. The two towers are in clip_model.py, the adapters in lora.py.
+Reading order: HiVGConfig, boxes (IoU, GIoU), Bridge (MACB), GroundingLayer, HiVG (the whole path in
+`forward`), losses, checkpoints. The two towers are in clip_model.py, the adapters in lora.py.
 
-Letters: B samples, S image side and P patch side in pixels, N = (S / P)^2 patches, T text tokens, L visual layers (numbered
-from 1), d_v and d_t widths of CLIP's towers, D CLIP's joint width. Boxes are (cx, cy, w, h) in 0..1 of the padded square unless
-a name says otherwise. Masks say what is True in their name: `*_padding` is True where there is padding. "D1", "D2", ... refer to
-the README's list of differences from the poster and from its authors' released code.
+Letters: B samples, S image side and P patch side in pixels, N = (S / P)^2 patches, T text tokens, L
+visual layers (numbered from 1), d_v and d_t widths of CLIP's towers, D CLIP's joint width. Boxes
+are (cx, cy, w, h) in 0..1 of the padded square unless a name says otherwise. Masks say what is True
+in their name: `*_padding` is True where there is padding. "D1", "D2", ... refer to the README's
+list of differences from the poster and from its authors' released code.
 """
 
 import io
@@ -24,7 +25,7 @@ import lora
 from clip_model import CLIP, HiVGError, QuickGELU, Tokenizer, attend
 from lora import Dropout
 
-TEXT_LAYERS = {  # the f^i that the bridges read, by data set in the authors' names; for others the last
+TEXT_LAYERS = {  # f^i that the bridges read, by data set in the authors' names; else the last
     "unc+": (6, 12),
     "gref": tuple(range(1, 13)),
     "gref_umd": tuple(range(1, 13)),
@@ -43,7 +44,8 @@ def usual_layers(depth, fine):
 
 @dataclass
 class HiVGConfig:
-    """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every checkpoint.
+    """What the model is, apart from CLIP's own sizes. Layers are numbered from 1. Saved in every
+    checkpoint.
 
     None stands for what the poster has with this CLIP: see `filled`.
     """
@@ -66,12 +68,13 @@ class HiVGConfig:
     alpha: float = 16
     lora_dropout: float = 0.1
     stage: int = 0  # -1: warm-up without bridges; 0: warm-up, before the first LoRA pair
-    authors: bool = False  # masks as in the authors' released checkpoints, which were trained with them (D1, D3, D14)
+    authors: bool = False  # masks as in the authors' released checkpoints (D1, D3, D14)
 
     ADAPTERS = ("hilora", "vanilla", "none")
 
     def filled(self, clip_config):
-        """A copy without None: CLIP's own image size, layers V and C by its depth, its last text layer. Layers are in order."""
+        """A copy without None: CLIP's own image size, layers V and C by its depth, its last text
+        layer. Layers are in order."""
         V, C = usual_layers(clip_config.vision_layers, clip_config.image_size == 336)
         usual = {"visual_layers": V, "bridge_layers": C, "text_layers": [clip_config.text_layers]}
         chosen = {k: v if getattr(self, k) is None else getattr(self, k) for k, v in usual.items()}
@@ -79,7 +82,7 @@ class HiVGConfig:
         return replace(self, image_size=self.image_size or clip_config.image_size, **layers)
 
 
-# ----------------------------------------------------------------------------------------------------- boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 def cxcywh_to_xyxy(boxes):
@@ -98,22 +101,25 @@ def _overlap_and_union(a, b):
 
 
 def box_iou(a, b):
-    """Intersection over union, pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N]; 0 where both have no area."""
+    """Intersection over union, pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N]; 0 where both
+    have no area."""
     overlap, union = _overlap_and_union(a, b)
     return overlap / union.clamp(min=TINY)
 
 
 def generalized_box_iou(a, b):
-    """GIoU = IoU - (hull - union) / hull (Rezatofighi et al. 2019), pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N].
+    """GIoU = IoU - (hull - union) / hull (Rezatofighi et al. 2019), pair by pair: a, b [N, 4] as
+    x1, y1, x2, y2 -> [N].
 
-    In -1..1 and finite for boxes without area: their IoU counts 0, and a hull without area counts as all filled.
+    In -1..1 and finite for boxes without area: their IoU counts 0, and a hull without area counts
+    as all filled.
     """
     overlap, union = _overlap_and_union(a, b)
     hull = _area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
     return overlap / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
 
 
-# ----------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 class CrossAttention(nn.Module):
@@ -126,7 +132,8 @@ class CrossAttention(nn.Module):
             self.add_module(name, nn.Linear(width, width))
 
     def forward(self, query, key, value, key_padding):
-        """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] bool, True = ignore. Returns [B, Nq, d]."""
+        """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] bool, True = ignore.
+        Returns [B, Nq, d]."""
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         mask = ~key_padding[:, None, None, :]  # [B, 1, 1, Nk], True = attend
         return self.out_proj(attend(q, k, v, self.heads, mask, dropout=self.dropout))
@@ -138,11 +145,12 @@ def mlp(width, hidden, activation, dropout=0.0):
 
 
 class Bridge(nn.Module):
-    """MACB, the multi-layer adaptive cross-modal bridge, between self-attention and MLP of a visual layer (poster, Eq. 1-3).
+    """MACB, the multi-layer adaptive cross-modal bridge, between self-attention and MLP of a visual
+    layer (poster, Eq. 1-3).
 
     t = concat_i [w^i * f^i + f^i] W_proj + b;   x = x + BridgeMLP(CrossAttention(LN_b(x), t))
 
-    text_layers: how many f^i there are. With none, t is made elsewhere: there are neither w nor W_proj.
+    text_layers: how many f^i there are. With none, t is made elsewhere: no w, no W_proj.
     """
 
     def __init__(self, clip_config, text_layers):
@@ -158,7 +166,7 @@ class Bridge(nn.Module):
         nn.init.zeros_(self.mlp[-1].bias)
 
     def read(self, features):
-        """t, the text as this bridge sees it: features, a list of f^i [B, T, d_t] -> [B, T, d_v]."""
+        """t, the text for this bridge: features, a list of f^i [B, T, d_t] -> [B, T, d_v]."""
         w = self.w[:, : features[0].shape[1]]  # the adaptive weights of these T positions
         return self.W_proj(torch.cat([w_i * f_i + f_i for w_i, f_i in zip(w, features)], dim=-1))
 
@@ -178,7 +186,8 @@ class GroundingLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x, positions, padding, queries=None):
-        """x [B, K, D], positions [K, D], padding [B, K] -> [B, queries, D]: the first `queries` tokens, or all."""
+        """x [B, K, D], positions [K, D], padding [B, K] -> [B, queries, D]: the first `queries`
+        tokens, or all."""
         value = self.norm_1(x)
         key = value + positions
         x = x[:, :queries] + self.dropout(self.attention(key[:, :queries], key, value, padding))
@@ -186,7 +195,8 @@ class GroundingLayer(nn.Module):
 
 
 def grid_positions(side, width):
-    """Sines and cosines of row and column: a start for the positions of side x side patches, [side^2, width]."""
+    """Sines and cosines of row and column: a start for the positions of side x side patches,
+    [side^2, width]."""
     frequencies = 10 ** (-torch.arange(width // 4) / (width / 4)) * math.pi  # [width / 4]
     angles = torch.linspace(0, 1, side)[:, None] * frequencies  # [side, width / 4]
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
@@ -207,7 +217,8 @@ class Grounding:
 
 
 class HiVG(nn.Module):
-    """The whole model (README, The idea). `clip` becomes a part of it and is frozen; stage config.stage is entered."""
+    """The whole model (README, The idea). `clip` becomes a part of it and is frozen; stage
+    config.stage is entered."""
 
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
@@ -255,7 +266,8 @@ class HiVG(nn.Module):
         self.enter_stage(config.stage)
 
     def enter_stage(self, stage):
-        """Warm-up (-1: without bridges; 0) or stage j of HiLoRA: adds its pairs and sets what trains (README, HiLoRA).
+        """Warm-up (-1: without bridges; 0) or stage j of HiLoRA: adds its pairs and sets what
+        trains (README, HiLoRA).
 
         Fresh bridges and fresh pairs change no output.
         """
@@ -265,7 +277,7 @@ class HiVG(nn.Module):
         for part in filter(None, (self.bridges, self.mixed_proj)):
             part.requires_grad_(stage >= 0)
         groups = {"none": 0, "vanilla": 1, "hilora": self.config.groups}[self.config.adapters]
-        if groups:  # vanilla LoRA is HiLoRA of one group: its only pair comes in stage 1 and is trained to the end
+        if groups:  # vanilla is HiLoRA of one group: its only pair is trained from stage 1 on
             lora.enter_stage(self.clip.visual.transformer.resblocks, min(stage, groups), groups)
 
     def merge(self):
@@ -274,12 +286,14 @@ class HiVG(nn.Module):
         return self
 
     def tokenize(self, texts):
-        """A str or a list of str -> LongTensor [N, 77], with the vocabulary that the model was trained with."""
+        """A str or a list of str -> LongTensor [N, 77], with the vocabulary that the model was
+        trained with."""
         self.tokenizer = self.tokenizer or clip_model.clip_tokenizer()
         return self.tokenizer(texts, self.clip.config.context_length)
 
     def forward(self, images, tokens, padding=None, for_losses=False):
-        """images [B, 3, S, S] normalised, tokens [B, T], padding [B, S, S] bool, True = padding (None: there is none).
+        """images [B, 3, S, S] normalised, tokens [B, T], padding [B, S, S] bool, True = padding
+        (None: there is none).
 
         Returns a Grounding; `for_losses` asks for more than the boxes.
         """
@@ -339,20 +353,22 @@ class HiVG(nn.Module):
         )
 
     def visual_layer(self, x, block, bridge, features, mixed, padding):
-        """One layer of CLIP's image tower with the bridge that it may hold: x [B, 1 + N, d_v], features a list of f^i
-        [B, T, d_t], mixed [B, T, d_v] where there are none, padding [B, T] -> [B, 1 + N, d_v]."""
+        """One layer of CLIP's image tower with the bridge that it may hold: x [B, 1 + N, d_v],
+        features a list of f^i [B, T, d_t], mixed [B, T, d_v] where there are none, padding [B, T]
+        -> [B, 1 + N, d_v]."""
         x = x + block.attn(block.ln_1(x))
         if bridge:
             x = bridge(x, bridge.read(features) if features else mixed, padding)
         return x + block.mlp(block.ln_2(x))
 
     def run(self, layer, *inputs):
-        """layer(*inputs), which keeps nothing for the backward pass but its inputs if `checkpointing` is on."""
+        """layer(*inputs), which keeps nothing for the backward pass but its inputs if
+        `checkpointing` is on."""
         again = self.checkpointing and torch.is_grad_enabled()
         return checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
 
     def pad_patches(self, padding, images):
-        """padding [B, S, S] -> [B, N]: True for the patches that lie wholly in the padding (D14)."""
+        """padding [B, S, S] -> [B, N]: True for patches that lie wholly in the padding (D14)."""
         B, g = len(images), self.grid
         if padding is None:
             return torch.zeros(B, g * g, dtype=torch.bool, device=images.device)
@@ -364,7 +380,7 @@ class HiVG(nn.Module):
         return padding.view(B, g, -1, g, images.shape[-1] // g).amin(dim=(2, 4)).flatten(1)
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
@@ -377,9 +393,10 @@ def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
 
 
 def contrastive_loss(image, text, scale, objects):
-    """L_CLC: CLIP's symmetric cross-entropy; samples of the same object are no negatives of each other.
+    """L_CLC: CLIP's symmetric cross-entropy; samples of one object are no negatives to each other.
 
-    image, text [B, D] normalised; scale: CLIP's logit scale; objects [B]: a number for each object. Returns a scalar.
+    image, text [B, D] normalised; scale: CLIP's logit scale; objects [B]: a number for each object.
+    Returns a scalar.
     """
     logits = scale * image @ text.T  # [B, B]
     same = objects[:, None] == objects[None]  # [B, B]
@@ -400,8 +417,9 @@ def region_targets(boxes, side):
 def losses(output, boxes, objects, logit_scale, beta=0.0):
     """The poster's losses (README, Losses), means over the batch, not yet weighted (LOSS_WEIGHTS).
 
-    output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B]: their numbers; logit_scale: CLIP's, as
-    stored. beta 0: smooth-L1 is plain L1 (D2). There is no mask loss (D7). Returns a dict of scalars.
+    output: a Grounding made for_losses; boxes [B, 4] true boxes; objects [B]: their numbers;
+    logit_scale: CLIP's, as stored. beta 0: smooth-L1 is plain L1 (D2). There is no mask loss (D7).
+    Returns a dict of scalars.
     """
     giou = generalized_box_iou(cxcywh_to_xyxy(output.boxes), cxcywh_to_xyxy(boxes))
     targets = region_targets(boxes, math.isqrt(output.region_logits.shape[1]))  # [B, N]
@@ -419,11 +437,12 @@ def losses(output, boxes, objects, logit_scale, beta=0.0):
     }
 
 
-# ----------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path, model, **more):
-    """Write a checkpoint that stands alone: sizes, weights, pairs and the vocabulary; `more` is plain data beside it."""
+    """Write a checkpoint that stands alone: sizes, weights, pairs and the vocabulary; `more` is
+    plain data beside it."""
     content = {
         "format": "hivg-1",
         "config": asdict(model.config),
@@ -459,9 +478,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def from_authors(weights, settings):
-    """HiVG from a checkpoint of the authors' released code, of any stage, with all of its LoRA folded.
+    """HiVG from a checkpoint of the authors' released code, of any stage, all its LoRA folded.
 
-    weights: its state dict, settings: its args as a dict; sizes follow from the shapes. Names that fit nowhere are an error.
+    weights: its state dict, settings: its args as a dict; sizes follow from the shapes. Names that
+    fit nowhere are an error.
     """
     if not settings["normalize_before"]:
         raise ValueError("its grounding encoder normalises after each part, ours before")
@@ -510,7 +530,8 @@ def from_authors(weights, settings):
 
 
 def assembled(config, clip_config, state, tokenizer=None):
-    """HiVG of these sizes with the weights of a state dict. Sizes that it does not have take neither memory nor time."""
+    """HiVG of these sizes with the weights of a state dict. Sizes that it does not have take
+    neither memory nor time."""
     if max(config.grounding_layers, config.groups, config.stage) > len(state):
         raise ValueError("it claims more layers or stages than it has weights")
     with torch.device("meta"):
@@ -522,7 +543,8 @@ def assembled(config, clip_config, state, tokenizer=None):
 
 @torch.inference_mode()
 def try_out(model):
-    """Raises almost anything if a model that was read cannot ground: then its config claims what its weights are not."""
+    """Raises almost anything if a model that was read cannot ground: then its config claims what
+    its weights are not."""
     config, last = model.config, model.clip.config.vocab_size - 1
     mean, std = torch.tensor((config.mean, config.std)).view(2, 3, 1, 1)
     images = (torch.zeros(1, 3, config.image_size, config.image_size) - mean) / std
@@ -531,7 +553,8 @@ def try_out(model):
 
 
 def load_model(path):
-    """(HiVG in the stage it was saved in, the checkpoint's whole content), from train.py's files or the authors'.
+    """(HiVG in the stage it was saved in, the checkpoint's whole content), from train.py's files or
+    the authors'.
 
     Raises HiVGError, naming the file, if it is none of these.
     """
@@ -556,8 +579,8 @@ def load_model(path):
 
 
 def load_checkpoint(path, device="cpu"):
-    """HiVG from the project's own best.pt or last.pt, or from a checkpoint of the authors' released code: eval mode, LoRA
-    merged, ready to ground.
+    """HiVG from the project's own best.pt or last.pt, or from a checkpoint of the authors' released
+    code: eval mode, LoRA merged, ready to ground.
 
     Raises HiVGError, naming the file, if it is missing, damaged or something else.
     """

@@ -1,19 +1,21 @@
 """LoRA and HiLoRA (Hu et al. 2022; the poster's section on hierarchical low-rank adaptation).
 
-Vanilla LoRA:   h = W_0 x + b + (alpha / r) B A x                        A random, B zero at the start
-HiLoRA:         h = W_0 x + b + sum_{k = g(l)}^{j} (alpha / r) B_k A_k x     for layer l <= j L / G, in stage j
+    LoRA:    h = W_0 x + b + (alpha / r) B A x          A random, B zero at the start
+    HiLoRA:  h = W_0 x + b + sum_{k = g(l)}^{j} (alpha / r) B_k A_k x
 
-with L layers numbered from 1, G groups, g(l) = ceil(l G / L): a layer gets its first pair in stage g(l) and one more in
-every later stage. Only the newest pair, k = j, is trained. Vanilla LoRA is HiLoRA with one group and one stage.
+in stage j, for the layers l <= j L / G of L, numbered from 1, in G groups; g(l) = ceil(l G / L): a
+layer gets its first pair in stage g(l) and one more in every later stage. Only the newest pair, k =
+j, is trained. Vanilla LoRA is HiLoRA with one group and one stage.
 
-    attach(layers, {"attn.in_proj": 3, "attn.out_proj": 1})    # q, k, v stand in one matrix: 3 row blocks
+    attach(layers, {"attn.in_proj": 3, "attn.out_proj": 1})  # q, k, v are 3 blocks of one matrix
     for stage in (1, 2, 3):
-        enter_stage(layers, stage, groups=3)                   # new pairs, older ones frozen and folded
+        enter_stage(layers, stage, groups=3)                 # new pairs; older ones are folded
         train(...)
-    merge(layers)                                              # inference at the cost of the plain model
+    merge(layers)                                            # for inference
 
-Reading order: pairs_held (the formula), LoRALinear (one adapted matrix; Dropout is for speed), then the functions over a tower of layers.
-This file knows no CLIP, needs torch alone and can be copied into another project as it is.
+Reading order: pairs_held (the formula), LoRALinear (one adapted matrix; Dropout is for speed), then
+the functions over a tower of layers. This file knows no CLIP, needs torch alone and can be copied
+into another project as it is.
 """
 
 import math
@@ -24,14 +26,15 @@ from torch import nn
 
 
 def pairs_held(layer, layers, groups, stage):
-    """Numbers k of the pairs that layer `layer` (from 1) of `layers` holds in `stage`: g(l) ... j, maybe none."""
+    """Numbers k of the pairs that layer `layer` (from 1) of `layers` holds in `stage`: g(l) ... j,
+    maybe none."""
     first = -(-layer * groups // layers)  # g(l) = ceil(l G / L), in whole numbers
     return range(first, stage + 1)
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, faster on a CPU, where one random number for each element costs more than the matrix products around it: here
-    four are cut from each draw of 64 bits."""
+    """nn.Dropout, faster on a CPU, where one random number for each element costs more than the
+    matrix products around it: here four are cut from each draw of 64 bits."""
 
     def forward(self, x):
         if not (self.training and self.p) or x.device.type != "cpu":
@@ -43,11 +46,13 @@ class Dropout(nn.Dropout):
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with low-rank pairs beside it. weight and bias keep their names and are never written.
+    """A frozen nn.Linear with low-rank pairs beside it. weight and bias keep their names and are
+    never written.
 
-    blocks: the matrix is that many row blocks of equal height (3 for a fused q, k, v), each with pairs of its own.
-    Pair k is lora_A[k] [blocks, r, in] and lora_B[k] [blocks, out / blocks, r]. Pairs in `live` run as a low-rank branch
-    with dropout on its input; the others are folded: `folded` = W_0 + sum of them, a copy that is not saved.
+    blocks: the matrix is that many row blocks of equal height (3 for a fused q, k, v), each with
+    pairs of its own. Pair k is lora_A[k] [blocks, r, in] and lora_B[k] [blocks, out / blocks, r].
+    Pairs in `live` run as a low-rank branch with dropout on its input; the others are folded:
+    `folded` = W_0 + sum of them, a copy that is not saved.
     """
 
     def __init__(self, linear, blocks, rank, alpha, dropout):
@@ -94,10 +99,10 @@ class LoRALinear(nn.Module):
 
 
 def attach(layers, targets, rank=32, alpha=16, dropout=0.1):
-    """Replace the targets in every layer by LoRALinears without pairs: the outputs stay what they were.
+    """Replace the targets in every layer by LoRALinears without pairs: outputs stay what they were.
 
-    layers: nn.Modules, shallow to deep. targets: {name of an nn.Linear in a layer: number of its row blocks}.
-    Raises ValueError if a name matches no nn.Linear.
+    layers: nn.Modules, shallow to deep. targets: {name of an nn.Linear in a layer: number of its
+    row blocks}. Raises ValueError if a name matches no nn.Linear.
     """
     for layer in layers:
         modules = dict(layer.named_modules())
@@ -115,10 +120,11 @@ def adapted(layer):
 
 
 def enter_stage(layers, stage, groups):
-    """Make stage j = `stage` of HiLoRA the current one and return its trainable parameters, those of pairs k = j.
+    """Make stage j = `stage` of HiLoRA the current one and return its trainable parameters, those
+    of pairs k = j.
 
-    Missing pairs are added with B zero, so entering a stage changes no output; older pairs are frozen and folded. Layers
-    deeper than j L / G get none. Stage 0 has no pairs.
+    Missing pairs are added with B zero, so entering a stage changes no output; older pairs are
+    frozen and folded. Layers deeper than j L / G get none. Stage 0 has no pairs.
     """
     trainable = []
     for number, layer in enumerate(layers, start=1):
@@ -136,14 +142,15 @@ def enter_stage(layers, stage, groups):
 
 
 def merge(layers):
-    """Fold every pair into the matrices, W = W_0 + sum of all pairs: no branch is left. Pairs are kept."""
+    """Fold every pair into the matrices, W = W_0 + sum of all pairs: no branch is left. Pairs are
+    kept."""
     for layer in layers:
         for module in adapted(layer):
             module.fold(live=())
 
 
 def unmerge(layers):
-    """Undo merge exactly: W_0 was never written, so the newest pair of each matrix is a branch again."""
+    """Undo merge exactly, as W_0 was never written: the newest pairs are branches again."""
     for layer in layers:
         for module in adapted(layer):
             module.fold(live=list(module.lora_A)[-1:])

@@ -1,16 +1,18 @@
-"""Training: a warm-up and the stages of HiLoRA, one after the other, each from the best of the one before.
+"""Training: a warm-up and the stages of HiLoRA, each from the best of the one before.
 
-    python train.py --dataset shapes                             # two CPU cores, nothing to download
-    python train.py --dataset refcoco --data-root data           # COCO's images, refer's files, CLIP ViT-B/16
-    python train.py --dataset refcoco --data-root data --resume  # go on where that run was stopped
-    torchrun --standalone --nproc_per_node=4 train.py --dataset refcoco --data-root data
-    python train.py --benchmark                                  # how fast it is here
+    python train.py --dataset shapes             # two CPU cores, nothing to download
+    python train.py --dataset refcoco            # data/ has COCO's pictures and refer's files
+    python train.py --dataset refcoco --resume   # go on where that run was stopped
+    torchrun --standalone --nproc_per_node=4 train.py --dataset refcoco
+    python train.py --benchmark                  # how fast it is here
 
-Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is none to download), train_step,
-train_epoch (the loop), train_and_evaluate (the account, the stages, the final evaluation), main (the flags).
+Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is
+none to download), train_step, train_epoch (the loop), train_and_evaluate (the account, the stages,
+the final evaluation), main (the flags).
 
-What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line for each epoch), config.json
-(what was used), results_DATASET.json and a contact sheet for each split.
+What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line
+for each epoch), config.json (what was used), results_DATASET.json and a contact sheet for each
+split.
 """
 
 import argparse
@@ -66,8 +68,9 @@ from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses
 
 
 class Preset(NamedTuple):
-    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; epochs of a warm-up without bridges before
-    them, at the warm-up's rate; AdamW's betas; fields of HiVGConfig to change."""
+    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; epochs of a
+    warm-up without bridges before them, at the warm-up's rate; AdamW's betas; fields of HiVGConfig
+    to change."""
 
     epochs: tuple
     rates: tuple
@@ -129,9 +132,10 @@ def rate(step, steps, top):
 
 
 def update(optimizer, learning_rate, loss):
-    """One optimiser step with the gradients that are there, clipped to MAX_NORM; then they are cleared.
+    """One optimiser step with the gradients there are, clipped to MAX_NORM; then they are cleared.
 
-    If the loss or a gradient is not finite, nothing changes. Returns whether it is, a bool tensor: nothing waits for a GPU.
+    If the loss or a gradient is not finite, nothing changes. Returns whether it is, a bool tensor:
+    nothing waits for a GPU.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
@@ -145,7 +149,8 @@ def update(optimizer, learning_rate, loss):
 
 
 def bf16_pays(device):
-    """Whether bf16 is faster than fp32 on this device: a CPU is timed on a matrix product, as some only imitate it."""
+    """Whether bf16 is faster than fp32 on this device: a CPU is timed on a matrix product, as some
+    only imitate it."""
     if device.type != "cpu":
         return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     ones = torch.ones(1024, 1024)
@@ -155,10 +160,12 @@ def bf16_pays(device):
 
 
 def see_patches(visual, images):
-    """Start an image tower with a patch embedding that keeps what patches show, and keep it: images [n, 3, S, S].
+    """Start an image tower with a patch embedding that keeps what patches show, and keep it: images
+    [n, 3, S, S].
 
-    Its rows are the patches' principal components, each scaled to variance 1, so that edges count as much as colour: a patch
-    embedding learned in so few steps sees colours and hardly any kinds. Positions start as sines and cosines.
+    Its rows are the patches' principal components, each scaled to variance 1, so that edges count
+    as much as colour: a patch embedding learned in so few steps sees colours and hardly any kinds.
+    Positions start as sines and cosines.
     """
     width, _, patch, _ = visual.conv1.weight.shape
     patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
@@ -172,8 +179,9 @@ def see_patches(visual, images):
 def shapes_clip(folder, seed, device, context):
     """Path of a small CLIP for the shapes data set in `folder`, trained now if it is not there yet.
 
-    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It therefore knows scenes better
-    than regions, the gap in granularity that the poster starts from (Fig. 1).
+    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
+    therefore knows scenes better than regions, the gap in granularity that the poster starts from
+    (Fig. 1).
     """
     path = folder / f"clip_{seed}.pt"
     if path.exists():
@@ -272,15 +280,18 @@ def summed(*numbers):
 
 
 def train_step(model, batches, optimizer, learning_rate, weights, context):
-    """One step down the mean gradient over some batches, one after the other (accumulation), and over all processes.
+    """One step down the mean gradient over some batches, one after the other (accumulation), and
+    over all processes.
 
-    model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them. weights: of the losses.
-    Returns the losses' means, [len(weights)], NaN where one or the gradient is not finite: then the step has changed nothing. They are
-    on the device still: nothing here waits for a GPU.
+    model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them.
+    weights: of the losses. Returns the losses' means, [len(weights)], NaN where one or the gradient
+    is not finite: then the step has changed nothing. They are on the device still: nothing here
+    waits for a GPU.
     """
     hivg_, means = getattr(model, "module", model), 0
     for number, batch in enumerate(batches, start=1):
-        # DistributedDataParallel adds up the gradients of all processes in the last backward pass alone
+        # DistributedDataParallel adds up the gradients of all processes in the last backward pass
+        # alone
         early = model is not hivg_ and number < len(batches)
         images, tokens, padding = inputs_of(hivg_, batch)
         boxes, objects = (batch[n].to(images.device, non_blocking=True) for n in ("box", "object"))
@@ -291,7 +302,8 @@ def train_step(model, batches, optimizer, learning_rate, weights, context):
             output.image_vectors = from_all(output.image_vectors)
             output.text_vectors = from_all(output.text_vectors)
             parts = losses(output, boxes, from_all(objects), hivg_.clip.logit_scale)
-            # means over processes are taken of the gradients, but each has a part only of that of L_CLC
+            # means over processes are taken of the gradients, but each has a part only of that of
+            # L_CLC
             scale = {"clc": processes()}
             loss = sum(weights[n] * scale.get(n, 1) * parts[n] for n in weights) / len(batches)
             loss.backward()
@@ -306,8 +318,9 @@ def train_step(model, batches, optimizer, learning_rate, weights, context):
 def train_epoch(model, loader, order, optimizer, rates, progress, args, context, save):
     """The rest of an epoch, from progress.step on.
 
-    order: the batches, see data.shuffled; loader: reads those of this process; rates: a learning rate for each step of the epoch;
-    save(progress) writes a checkpoint. Returns the progress, which has the sums of the losses.
+    order: the batches, see data.shuffled; loader: reads those of this process; rates: a learning
+    rate for each step of the epoch; save(progress) writes a checkpoint. Returns the progress, which
+    has the sums of the losses.
     """
     stage, epoch, each = progress.stage, progress.epoch, args.accumulate
     loader.batch_sampler[:] = order[progress.step * each :, rank()].tolist()
@@ -341,7 +354,8 @@ def train_epoch(model, loader, order, optimizer, rates, progress, args, context,
 
 
 def not_finite(where, dataset, numbers):
-    """The error that says in which step the loss or its gradient was not finite, and for which samples."""
+    """The error that says in which step the loss or its gradient was not finite, and for which
+    samples."""
     samples = [dataset.samples[number] for number in numbers]
     names = ", ".join(f"{Path(s.image).name} {s.text!r}" for s in samples)
     what = f"The loss or its gradient is not finite in {where}, which has changed nothing"
@@ -353,8 +367,8 @@ STOP = []  # when signals came
 
 @contextmanager
 def gentle_signals():
-    """Inside, the first Ctrl-C or SIGTERM is noted in STOP, so that the step can come to its end and a checkpoint be written; a
-    second one ends the process at once."""
+    """Inside, the first Ctrl-C or SIGTERM is noted in STOP, so that the step can come to its end
+    and a checkpoint be written; a second one ends the process at once."""
 
     def ask(number, frame):
         # what a terminal has sent to all processes, torchrun sends them once more
@@ -374,8 +388,8 @@ def gentle_signals():
 
 
 def start(args, device, context):
-    """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it. What `args` leave open is
-    filled in, from the preset for this CLIP and these data sets."""
+    """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it. What
+    `args` leave open is filled in, from the preset for this CLIP and these data sets."""
     clip_path = args.clip or "ViT-B/16"
     if args.dataset == ["shapes"] and not args.clip:
         clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
@@ -414,7 +428,8 @@ def run(args):
 
 
 def writable(output):
-    """Make the folder; raises HiVGError if nothing can be written to it. What an earlier run left half-written goes."""
+    """Make the folder; raises HiVGError if nothing can be written to it. What an earlier run left
+    half-written goes."""
     with explaining(f"{output} cannot be written to", "name another --output"):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -573,7 +588,8 @@ def train_and_evaluate(args, device):
 
 
 def benchmark(args, device):
-    """Print what a step of stage 3, inference and reading take, on made-up input and with random weights."""
+    """Print what a step of stage 3, inference and reading take, on made-up input and with random
+    weights."""
     bf16 = bf16_pays(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
