@@ -73,6 +73,12 @@ def replacing(path):
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path, text):
+    """Write a text file; until it is whole the old one stays."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
 def exit_with(job, args):
     """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
     try:
@@ -613,14 +619,11 @@ def from_hugging_face(state, alpha=16):
         A, B = state.pop(name), state.pop(name.replace("lora_A", "lora_B"))
         name = re.sub(r"lora_A\..*", "weight", name)
         state[name] = state[name] + alpha / len(A) * B @ A
-    state = renamed(
-        {name: t for name, t in state.items() if "position_ids" not in name}, HUGGING_FACE
-    )
+    state = {name: t for name, t in state.items() if "position_ids" not in name}
+    state = renamed(state, HUGGING_FACE)
     for name in [name for name in state if ".attn.q_proj." in name]:
-        q, k, v = (
-            state.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")
-        )
-        state[name.replace("q_proj", "in_proj")] = torch.cat([q, k, v])
+        parts = [state.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        state[name.replace("q_proj", "in_proj")] = torch.cat(parts)
     return state | {name: state[name].T for name in ("visual.proj", "text_projection")}
 
 

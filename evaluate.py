@@ -37,8 +37,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import clip_model
 import data
-from clip_model import CLIP, SIZES, HiVGError, Tokenizer, attend, exit_with, explaining, replacing
+from clip_model import CLIP, SIZES, HiVGError, Tokenizer, attend, explaining
 from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, load_model
 
 LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (poster, Fig. 6 c)
@@ -207,10 +208,8 @@ def table(rows):
     by_words = [" ".join(["\nwords   ", *(f"{name:>16}" for name in LENGTHS)])]
     for row in rows:
         splits += ["{split:8} {expressions:11,} {acc:7.2f}% {miou:7.2f}%".format(**row)]
-        bins = row["lengths"].values()
-        cells = [
-            "{acc:.2f}% of {expressions:,}".format(**b) if b["expressions"] else "-" for b in bins
-        ]
+        cell, bins = "{acc:.2f}% of {expressions:,}", row["lengths"].values()
+        cells = [cell.format(**each) if each["expressions"] else "-" for each in bins]
         by_words += [" ".join([f"{row['split']:8}", *(f"{cell:>16}" for cell in cells)])]
     return "\n".join(splits + by_words)
 
@@ -357,7 +356,7 @@ def save(picture, path):
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
-    with replacing(path) as temporary:
+    with clip_model.replacing(path) as temporary:
         picture.save(temporary, kind)
     print(f"drawn into {path}")
 
@@ -383,10 +382,8 @@ def contact_sheet(dataset, found, true, read, path, count=24):
 
     Green is the true box, red the one found; below each their IoU and the expression.
     """
-    there, panels, overlaps = read.nonzero().flatten().tolist(), [], ious(found, true)
-    for index in [
-        there[place] for place in sorted({i * len(there) // count for i in range(count)})
-    ]:
+    there, panels, overlaps = read.nonzero().flatten(), [], ious(found, true)
+    for index in there[torch.linspace(0, len(there) - 1, min(count, len(there))).long()].tolist():
         sample = dataset.samples[index]
         picture = data.load_image(sample.image, upright=False)
         geometry = data.letterbox((0, 0, *picture.size), dataset.image_size)
@@ -458,16 +455,13 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
         for note in dataset.report:
             print(f"{dataset.split}: {note}")
         if "skipped" in rows[-1]:
-            print(
-                "{split}: {skipped:,} expressions skipped: no readable picture".format(**rows[-1])
-            )
+            print("{split}: {skipped:,} skipped: no readable picture".format(**rows[-1]))
         contact_sheet(dataset, *boxes, output / f"{name}_{dataset.split}.png")
     if rank():
         return
     print(table(rows))
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
-    with replacing(output / f"results_{name}.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    clip_model.write_text(output / f"results_{name}.json", json.dumps(content, indent=2) + "\n")
     print(f"written to {output}: results_{name}.json")
 
 
@@ -569,7 +563,7 @@ def main():
     }
     for broken in [rule for rule, holds in rules.items() if not holds]:
         parser.error(broken)
-    exit_with(run, args)
+    clip_model.exit_with(run, args)
 
 
 if __name__ == "__main__":

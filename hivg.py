@@ -231,9 +231,8 @@ class HiVG(nn.Module):
         chosen = (*config.visual_layers, *config.bridge_layers), config.text_layers
         for layers, there in zip(chosen, (depth, sizes.text_layers)):
             if not set(layers) <= set(range(1, there + 1)):
-                raise HiVGError(
-                    f"Choose among layers 1 to {there} of this CLIP: it has not all of {layers}."
-                )
+                what = f"This CLIP has not all of the layers {layers}"
+                raise HiVGError(f"{what}: choose among 1 to {there}.")
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip
@@ -373,9 +372,8 @@ class HiVG(nn.Module):
         if padding is None:
             return torch.zeros(B, g * g, dtype=torch.bool, device=images.device)
         if self.config.authors:
-            shares = F.interpolate(
-                padding[:, None].float(), (g, g), mode="bilinear", antialias=True
-            )
+            shares = padding[:, None].float()
+            shares = F.interpolate(shares, (g, g), mode="bilinear", antialias=True)
             return shares.flatten(1).round().bool()
         return padding.view(B, g, -1, g, images.shape[-1] // g).amin(dim=(2, 4)).flatten(1)
 
@@ -569,9 +567,8 @@ def load_model(path):
             sizes = clip_model.config_from(clip)
             model = assembled(HiVGConfig(**content["config"]), sizes, state, tokenizer)
             if tokenizer.vocab_size != sizes.vocab_size:
-                raise ValueError(
-                    f"its vocabulary has not the {sizes.vocab_size} tokens of its CLIP"
-                )
+                what = "its vocabulary has {} tokens, its CLIP {}"
+                raise ValueError(what.format(tokenizer.vocab_size, sizes.vocab_size))
         else:
             raise ValueError(f"its format is {content['format']}")
         try_out(model)

@@ -46,24 +46,10 @@ from tqdm import tqdm
 
 import clip_model
 import data
+import evaluate
 import hivg
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, replacing
-from evaluate import (
-    at_least,
-    evaluate,
-    evaluate_splits,
-    first_process_first,
-    inference_rows,
-    inputs_of,
-    joined,
-    matrix_peak,
-    measured,
-    print_benchmark,
-    processes,
-    random_model,
-    rank,
-    synthetic,
-)
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, write_text
+from evaluate import at_least, first_process_first, inputs_of, joined, processes, rank
 from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
 
 
@@ -230,10 +216,9 @@ def tokenizer_for(clip_path, vocab_size):
     found = next((path for path in beside if path.is_file()), None)
     tokenizer = Tokenizer(found) if found else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != vocab_size:
-        wrong = (
-            f"{found or 'the vocabulary of CLIP'} has {tokenizer.vocab_size} tokens, {clip_path}"
-        )
-        raise HiVGError(f"{wrong} {vocab_size}: put its own beside it as {beside[0].name}.")
+        what = f"{found or 'the vocabulary of CLIP'} has {tokenizer.vocab_size} tokens"
+        what += f", {clip_path} {vocab_size}"
+        raise HiVGError(f"{what}: put its own beside it as {beside[0].name}.")
     return tokenizer
 
 
@@ -449,19 +434,115 @@ def has_room(output, model):
         raise HiVGError(f"{what}: free some, or name another --output.")
 
 
+def resumed(last):
+    """(settings, model, progress, state of the optimizer) of a run, from its last.pt."""
+    model, content = load_model(last)
+    with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
+        args = argparse.Namespace(**content["settings"] | {"resume": True})
+        found = args, model, Progress(**content["progress"]), content["optimizer"]
+        before = args.processes
+    if before != processes():
+        raise HiVGError(f"{last} is of a run of {before} processes: start as many.")
+    return found
+
+
+def introduce(args, model, train_set, read, splits, device):
+    """Print a short account of what is going to happen. splits: {data set: those that are there};
+    read: of data set and split."""
+    names, precision = ", ".join(args.dataset), "bf16" if args.bf16 else "fp32"
+    print(f"{names} from {args.data_root} into {args.output}, on {device} in {precision}")
+    for name in args.dataset:
+        source = data.DATASETS[name]
+        for split, published in zip_longest(source.splits.split(), source.counts):
+            there = read(name, split) if split in splits[name] else None
+            words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
+            words += [f"published: {published:,}"] if published else []
+            print(f"  {name} {split:6} {'; '.join(words)}")
+    if len(args.dataset) > 1:
+        print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
+    print(f"adapters {model.config.adapters}; losses {args.losses}")
+    print(f"epochs {args.without_bridges} without bridges, then by stage {args.epochs}; ", end="")
+    print(f"rates {args.lr}, batches {args.batch_size}", end="")
+    print(f" on each of {processes()} processes, {args.accumulate} for a step")
+    print(account(model), flush=True)
+
+
+def train_stage(model, loader, val_set, args, progress, optimizer_state, context):
+    """Stage progress.stage from progress.epoch on. Writes best.pt, last.pt and the log into the
+    run's folder; returns the progress.
+
+    loader: of data.batches; optimizer_state: where a run is resumed, else None.
+    """
+    output, train_set, stage = Path(args.output), loader.dataset, progress.stage
+    number = max(0, stage)  # a warm-up without bridges has the warm-up's rate and batches
+    epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
+    most = len(train_set) // (processes() * args.accumulate)
+    if not most:
+        what = f"{len(train_set)} expressions are too few for {processes()} processes"
+        raise HiVGError(f"{what} with --accumulate {args.accumulate}: take fewer.")
+    size, top = min(args.batch_size[number], most), args.lr[number]
+    torch.manual_seed(data.seed_from(args.seed, 1 + stage))  # of new pairs
+    model.enter_stage(stage)
+    model.checkpointing = args.checkpointing
+    if args.compile:
+        torch.compiler.reset()  # it stops compiling what has changed too often
+        model.compile()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    settings = dict(betas=PRESETS[args.preset].betas, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(trained, top, fused=True, **settings)
+    if optimizer_state:
+        optimizer.load_state_dict(optimizer_state)
+    parallel = model
+    if processes() > 1:
+        parallel = DistributedDataParallel(model, forward_sync_buffers=False)
+
+    def save(progress):
+        if rank() == 0:
+            state = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
+            save_checkpoint(output / "last.pt", model, settings=vars(args), **state)
+
+    for epoch in range(progress.epoch, epochs):
+        began, line = time.time(), {"stage": stage, "epoch": epoch}
+        if epoch >= 0:
+            numbers = args.seed, 1 + stage, epoch
+            train_set.set_epoch(*numbers)
+            order = data.shuffled(numbers, len(train_set), size, processes())
+            steps = len(order) // args.accumulate
+            places = range(epoch * steps, (epoch + 1) * steps)
+            rates = [rate(place, epochs * steps, top) for place in places]
+            how = optimizer, rates, progress, args, context, save
+            progress = train_epoch(parallel.train(), loader, order, *how)
+            means = (round(total / steps, 4) for total in progress.sums)
+            line["losses"] = dict(zip(args.losses, means))
+            line |= {"train_skipped": progress.skipped} if progress.skipped else {}
+        try:
+            line |= evaluate.evaluate(model, val_set, args.workers)
+        except RuntimeError:
+            if STOP:  # a signal that has ended its workers, too
+                raise KeyboardInterrupt from None
+            raise
+        line["seconds"] = round(time.time() - began, 1)
+        acc, best_yet = line["acc"], max(progress.best, line["acc"])
+        progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
+        if rank() == 0:
+            if acc == best_yet:  # of equals the later one
+                save_checkpoint(output / "best.pt", model)
+            lines = (json.dumps(entry) + "\n" for entry in progress.log)
+            write_text(output / "log.jsonl", "".join(lines))
+        save(progress)
+        what = f"after epoch {epoch}" if epoch >= 0 else "begins"
+        print(f"stage {stage} {what}: {args.select} Acc@0.5 {acc:.2f} %", flush=True)
+        if any(summed(bool(STOP))):
+            raise KeyboardInterrupt
+    return progress
+
+
 def train_and_evaluate(args, device):
     """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
-    output = Path(args.output)
+    output, optimizer_state = Path(args.output), None
     last, best = output / "last.pt", output / "best.pt"
     if args.resume:
-        model, content = load_model(last)
-        with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
-            settings = content["settings"] | {"resume": True}
-            args = argparse.Namespace(**settings)
-            progress, optimizer_state = Progress(**content["progress"]), content["optimizer"]
-            before = args.processes
-        if before != processes():
-            raise HiVGError(f"{last} is of a run of {before} processes: start as many.")
+        args, model, progress, optimizer_state = resumed(last)
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     else:
@@ -473,118 +554,35 @@ def train_and_evaluate(args, device):
             writable(output)
         splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
         if not args.resume:
-            model, optimizer_state = start(args, device, context), None
+            model = start(args, device, context)
             progress = Progress(stage=-1 if args.without_bridges else 0)
     model.to(device).enter_stage(progress.stage)
-    config, preset = model.config, PRESETS[args.preset]
+    config = model.config
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = partial(data.GroundingDataset, data_root=args.data_root, **picture)
     read_quickly = partial(read, cache=not args.augment, skip_bad=args.skip_bad_images)
     train_set = read_quickly(args.dataset, "train", augment=args.augment)
     val_set = read_quickly(args.dataset, args.select)
-
-    # a short account of what is going to happen
-    precision = "bf16" if args.bf16 else "fp32"
-    names = ", ".join(args.dataset)
-    print(f"{names} from {args.data_root} into {output}, on {device} in {precision}")
-    for name in args.dataset:
-        source = data.DATASETS[name]
-        for split, published in zip_longest(source.splits.split(), source.counts):
-            there = read(name, split) if split in splits[name] else None
-            words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
-            words += [f"published: {published:,}"] if published else []
-            print(f"  {name} {split:6} {'; '.join(words)}")
-    if len(args.dataset) > 1:
-        print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
-    print(f"adapters {config.adapters}; losses {args.losses}")
-    print(f"epochs {args.without_bridges} without bridges, then by stage {args.epochs}; ", end="")
-    print(f"rates {args.lr}, batches {args.batch_size}", end="")
-    print(f" on each of {processes()} processes, {args.accumulate} for a step")
-    print(account(model), flush=True)
-
-    def write(path, **more):
-        if rank() == 0:
-            save_checkpoint(path, model, **more)
-
-    def write_text(name, text):
-        if rank() == 0:
-            with replacing(output / name) as temporary:
-                temporary.write_text(text)
-
-    def save(progress):
-        state = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
-        write(last, settings=vars(args), **state)
-
+    introduce(args, model, train_set, read, splits, device)
     if not args.resume:
         has_room(output, model)
-    write_text(
-        "config.json", json.dumps({"settings": vars(args), "model": asdict(config)}, indent=2)
-    )
+    if rank() == 0:
+        used = {"settings": vars(args), "model": asdict(config)}
+        write_text(output / "config.json", json.dumps(used, indent=2))
+
     usual = args.workers, device.type == "cuda", (signal.SIGINT, signal.SIGTERM)
     loader = data.batches(train_set, [], *usual)
     with gentle_signals():
         while progress.stage < len(args.epochs):
-            stage, warmup = progress.stage, max(0, progress.stage)
-            epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
-            most = len(train_set) // (processes() * args.accumulate)
-            if not most:
-                what = f"{len(train_set)} expressions are too few for {processes()} processes"
-                raise HiVGError(f"{what} with --accumulate {args.accumulate}: take fewer.")
-            size = min(args.batch_size[warmup], most)
-            torch.manual_seed(data.seed_from(args.seed, 1 + stage))  # of new pairs
-            model.enter_stage(stage)
-            model.checkpointing = args.checkpointing
-            if args.compile:
-                torch.compiler.reset()  # it stops compiling what has changed too often
-                model.compile()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            top, settings = args.lr[warmup], dict(betas=preset.betas, weight_decay=WEIGHT_DECAY)
-            optimizer = torch.optim.AdamW(trained, top, fused=True, **settings)
-            if optimizer_state:
-                optimizer.load_state_dict(optimizer_state)
-            parallel = model
-            if processes() > 1:
-                parallel = DistributedDataParallel(model, forward_sync_buffers=False)
-            for epoch in range(progress.epoch, epochs):
-                began, line = time.time(), {"stage": stage, "epoch": epoch}
-                if epoch >= 0:
-                    numbers = args.seed, 1 + stage, epoch
-                    train_set.set_epoch(*numbers)
-                    order = data.shuffled(numbers, len(train_set), size, processes())
-                    steps = len(order) // args.accumulate
-                    places = range(epoch * steps, (epoch + 1) * steps)
-                    rates = [rate(place, epochs * steps, top) for place in places]
-                    how = optimizer, rates, progress, args, context, save
-                    progress = train_epoch(parallel.train(), loader, order, *how)
-                    means = (round(total / steps, 4) for total in progress.sums)
-                    line["losses"] = dict(zip(args.losses, means))
-                    line |= {"train_skipped": progress.skipped} if progress.skipped else {}
-                try:
-                    line |= evaluate(model, val_set, args.workers)
-                except RuntimeError:
-                    if STOP:  # a signal that has ended its workers, too
-                        raise KeyboardInterrupt from None
-                    raise
-                line["seconds"] = round(time.time() - began, 1)
-                best_yet = max(progress.best, line["acc"])
-                progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
-                if line["acc"] == best_yet:  # of equals the later one
-                    write(best)
-                write_text("log.jsonl", "".join(json.dumps(entry) + "\n" for entry in progress.log))
-                save(progress)
-                what = f"after epoch {epoch}" if epoch >= 0 else "begins"
-                print(
-                    f"stage {stage} {what}: {args.select} Acc@0.5 {line['acc']:.2f} %", flush=True
-                )
-                if any(summed(bool(STOP))):
-                    raise KeyboardInterrupt
+            how = args, progress, optimizer_state, context
+            progress = train_stage(model, loader, val_set, *how)
             model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
-            progress = Progress(stage + 1, log=progress.log)
+            progress = Progress(progress.stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
     how = args.workers, args.skip_bad_images
     for name in args.dataset:
-        evaluate_splits(model, best, name, None, args.data_root, output, *how)
+        evaluate.evaluate_splits(model, best, name, None, args.data_root, output, *how)
 
 
 def benchmark(args, device):
@@ -596,23 +594,21 @@ def benchmark(args, device):
     name, size = args.clip or "ViT-B/16", args.batch_size[0] if args.batch_size else 8
     if name not in clip_model.SIZES:
         raise HiVGError(f"{name} is no size of CLIP: choose one of {', '.join(clip_model.SIZES)}.")
-    model = random_model(name).to(device)
+    model = evaluate.random_model(name).to(device)
     model.checkpointing = args.checkpointing
     if args.compile:
         model.compile()
-    peak, rows = matrix_peak(device, dtype), []
-    batch = synthetic(model, size)
+    peak, rows = evaluate.matrix_peak(device, dtype), []
+    batch = evaluate.synthetic(model, size)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
     step = partial(train_step, model.train(), [batch], optimizer, 1e-6, LOSS_WEIGHTS, context)
-    rows.append(measured("training step, stage 3", step, size, device, peak))
+    rows.append(evaluate.measured("training step, stage 3", step, size, device, peak))
     with context():
-        rows += inference_rows(model, size, peak)
+        rows += evaluate.inference_rows(model, size, peak)
     with tempfile.TemporaryDirectory() as folder:
-        coarse = Image.fromarray(
-            np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype="u1")
-        )
-        coarse.resize((640, 480)).save(Path(folder, "a.jpg"), quality=90)
+        coarse = np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype="u1")
+        Image.fromarray(coarse).resize((640, 480)).save(Path(folder, "a.jpg"), quality=90)
         line = json.dumps({"image": "a.jpg", "text": "a", "box": [200, 100, 400, 300]})
         Path(folder, "train.jsonl").write_text(f"{line}\n" * 256)
         read = partial(data.GroundingDataset, "own", "train", folder, model.config.image_size)
@@ -620,9 +616,9 @@ def benchmark(args, device):
             lists = torch.arange(256).view(-1, 32).tolist()
             loader = data.batches(read(augment=True), lists, workers, device.type == "cuda")
             what = f"reading, {workers} workers" if workers else "reading, one core"
-            rows.append(measured(what, lambda: list(loader), 256, device, peak))  # noqa: B023
+            rows.append(evaluate.measured(what, lambda: list(loader), 256, device, peak))  # noqa: B023
     print(f"{name} on {device}, {dtype}; ", end="")
-    print_benchmark(rows, peak)
+    evaluate.print_benchmark(rows, peak)
 
 
 def loss_weight(text):

@@ -113,9 +113,9 @@ def test_training_leaves_clip_as_it_was(finished, clip_file):
     assert any(now[name].any() for name in now if "lora_B" in name)
 
 
-def stop_after(monkeypatch, name, count):
-    """Let train's function of this name be interrupted by Ctrl-C when called once more than `count`."""
-    calls, real = [], getattr(train, name)
+def stop_after(monkeypatch, module, name, count):
+    """Let a module's function be interrupted by Ctrl-C when called once more than `count`."""
+    calls, real = [], getattr(module, name)
 
     def call(*args, **kwargs):
         calls.append(1)
@@ -123,26 +123,26 @@ def stop_after(monkeypatch, name, count):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train, name, call)
+    monkeypatch.setattr(module, name, call)
 
 
 @pytest.mark.parametrize(
-    "name, count",
+    "module, name, count",
     [
-        ("train_epoch", 0),  # in the first epoch of all
-        ("train_epoch", 3),  # within stage 1
-        ("evaluate", 6),  # between the last epoch of stage 1 and the first look at stage 2
-        ("save_checkpoint", 15),  # best or last written, but not both
+        (train, "train_epoch", 0),  # in the first epoch of all
+        (train, "train_epoch", 3),  # within stage 1
+        (evaluate, "evaluate", 6),  # between the last epoch of stage 1 and stage 2's first look
+        (train, "save_checkpoint", 15),  # best or last written, but not both
     ],
 )
 def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(
-    monkeypatch, refer_root, clip_file, tmp_path, finished, name, count
+    monkeypatch, refer_root, clip_file, tmp_path, finished, module, name, count
 ):
     """After Ctrl-C there is a readable checkpoint, and --resume ends with the log and the weights of
     a run that nothing interrupted."""
     output = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_after(patch, name, count)
+        stop_after(patch, module, name, count)
         code = command(patch, train, *words_of(refer_root, clip_file, output))
     assert "stopped" in code and "\n" not in code
     load_checkpoint(output / "last.pt")
@@ -350,7 +350,7 @@ def test_shapes_from_nothing(monkeypatch, tmp_path):
     names = ("shapes/instances.json", "shapes/clip_0.pt")
     stamps = [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
     with monkeypatch.context() as patch:
-        stop_after(patch, "train_epoch", 0)
+        stop_after(patch, train, "train_epoch", 0)
         assert "stopped" in command(patch, train, *line, tmp_path / "b")
     assert stamps == [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
     results = json.loads((tmp_path / "a/results_shapes.json").read_text())
