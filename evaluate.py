@@ -18,7 +18,6 @@ import ctypes
 import functools
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -473,7 +472,7 @@ def at_least(low, kind=int):
 
     def number(text):
         value = kind(text)
-        if not low <= value < math.inf:
+        if not low <= value < 2**63:
             raise ValueError
         return value
 

@@ -120,28 +120,41 @@ def torchrun(folder, words, **environment):
     return done.returncode, done.stdout
 
 
-def test_a_run_of_two_processes(monkeypatch, refer_root, clip_file, tmp_path):
-    """torchrun train.py: the log is that of one process with the same batches, what is printed is printed once, and the first
-    process alone writes."""
-    one, two = (words_of(refer_root, clip_file, tmp_path / name) for name in ("one", "two"))
-    two[two.index("--batch-size") + 1] = 2
-    model = dict(dropout=0.0, lora_dropout=0.0)
-    preset = train.PRESETS["base"]._replace(model=model)
+@pytest.fixture(scope="module")
+def two(refer_root, clip_file, tmp_path_factory):
+    """A run of two processes that nothing stopped: (its folder, what it prints, its words)."""
+    folder = tmp_path_factory.mktemp("two")
+    words = words_of(refer_root, clip_file, folder / "run")
+    words[words.index("--batch-size") + 1] = 2
+    code, printed = torchrun(folder, words)
+    assert code == 0, printed
+    return folder / "run", printed, words
+
+
+def test_a_run_of_two_processes(monkeypatch, refer_root, clip_file, tmp_path, two):
+    """torchrun train.py: the log is that of one process with the same batches, what is printed is
+    printed once, and the first process alone writes."""
+    output, printed, _ = two
+    preset = train.PRESETS["base"]._replace(model=dict(dropout=0.0, lora_dropout=0.0))
     monkeypatch.setattr(train, "bf16_pays", lambda device: False)
     monkeypatch.setitem(train.PRESETS, "base", preset)
-    assert command(monkeypatch, train, *one) is None
-    code, printed = torchrun(tmp_path, two)
-    assert code == 0 and printed.count("stage 3 after epoch 1") == 1, printed
-    assert sorted(os.listdir(tmp_path / "one")) == sorted(os.listdir(tmp_path / "two"))
-    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+    assert command(monkeypatch, train, *words_of(refer_root, clip_file, tmp_path)) is None
+    assert printed.count("stage 3 after epoch 1") == 1
+    assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path))
+    for ours, theirs in zip(log_of(output), log_of(tmp_path), strict=True):
         assert ours.pop("losses", {}) == pytest.approx(theirs.pop("losses", {}), abs=2e-2)
         assert ours.pop("miou") == pytest.approx(theirs.pop("miou"), abs=0.5)
         assert ours == theirs
 
 
-def test_a_process_that_dies_ends_the_run(refer_root, clip_file, tmp_path):
-    """The other one does not wait for it for ever, and says that it is gone."""
-    words = words_of(refer_root, clip_file, tmp_path / "run")
-    words[words.index("--batch-size") + 1] = 2
+def test_a_process_that_dies_ends_the_run(tmp_path, two):
+    """The other one does not wait for it for ever, and says that it is gone; --resume, with two
+    processes again, ends as the run that nothing stopped."""
+    whole, _, words = two
+    words = [tmp_path / "run" if word == whole else word for word in words]
     code, printed = torchrun(tmp_path, words, DIES="1")
     assert code != 0 and "has lost another one" in printed, printed
+    assert len(log_of(tmp_path / "run")) < len(log_of(whole))
+    code, printed = torchrun(tmp_path, [*words, "--resume"])
+    assert code == 0, printed
+    assert log_of(tmp_path / "run") == log_of(whole)
