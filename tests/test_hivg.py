@@ -592,3 +592,24 @@ def test_checkpointing_changes_no_gradient(tokenizer):
     assert calls == [False, True, True]  # once more in the backward pass
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiling_changes_no_gradient(tokenizer):
+    """With torch.compile boxes and gradients stay what they are, in training as in evaluation."""
+    model = tiny_model(tokenizer, 2)
+    images, tokens, padding = tiny_batch(model)
+    found = []
+    for compiled in (False, True):
+        if compiled:
+            model.compile()
+        model.eval()
+        boxes = model(images, tokens, padding).boxes.detach()
+        model.train().zero_grad()
+        output = model(images, tokens, padding, for_losses=True)
+        (output.boxes.sum() + output.region_logits.square().mean()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append({"boxes": boxes} | gradients)
+    torch.compiler.reset()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4, msg=name)
