@@ -7,8 +7,8 @@
     python train.py --benchmark                  # how fast it is here
 
 Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is
-none to download), train_step, train_epoch (the loop), train_and_evaluate (the account, the stages,
-the final evaluation), main (the flags).
+none to download), train_step, train_epoch, train_stage, train_and_evaluate (the whole job), main
+(the flags).
 
 What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line
 for each epoch), config.json (what was used), results_DATASET.json and a contact sheet for each
