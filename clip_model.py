@@ -26,6 +26,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import traceback
 import urllib.request
 import zipfile
@@ -79,8 +80,16 @@ def write_text(path, text):
         temporary.write_text(text)
 
 
+def writable(folder):
+    """Make a folder if need be. Raises HiVGError if nothing can be written to it."""
+    with explaining(f"{folder} cannot be written to", "name another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 def exit_with(job, args):
-    """Run job(args); the project's own errors become one sentence on stderr and exit status 1."""
+    """Run job(args); the project's own errors, and Ctrl-C, become one sentence on stderr and exit
+    status 1."""
     try:
         job(args)
     except BaseException as error:
@@ -92,7 +101,7 @@ def exit_with(job, args):
         if isinstance(error, HiVGError):  # a worker sends its traceback too: what counts is its end
             sys.exit("error: " + str(error).rpartition("HiVGError: ")[2].strip())
         if isinstance(error, KeyboardInterrupt):
-            sys.exit("stopped: what was finished is kept")
+            sys.exit(f"stopped: {error or 'what was finished is kept'}")
         raise
 
 

@@ -66,13 +66,13 @@ def to_rgb(image):
 
 
 @contextmanager
-def opened(path):
+def opened(path, way_out="replace it, or name another"):
     """A picture file as a PIL image that is not decoded yet.
 
     Raises HiVGError for a file that is missing, empty, no picture, or too large; and, where it is
     decoded inside, broken.
     """
-    with explaining(f"{path} cannot be read as a picture", "replace it"):
+    with explaining(f"{path} cannot be read as a picture", way_out):
         if not os.path.getsize(path):
             raise ValueError("the file is empty")
         with Image.open(path, formats=FORMATS) as image:
@@ -224,7 +224,7 @@ def jitter(rng, image):
 # ----------------------------------------------------------------------------- the data sets' files
 
 COCO = (
-    "python data.py download fetches what is not there (from web.archive.org and "
+    "python data.py download --dataset NAME fetches what is not there (from web.archive.org and "
     "images.cocodataset.org); remove a damaged file first"
 )
 LISTS = "the index lists that github.com/linhuixiao/HiVG links to"
@@ -442,10 +442,12 @@ def nothing_of(name, split, data_root, report=()):
     files = " or ".join(source.files.values()).replace("{}", split)
     what = f"{data_root} has no expressions of {name}, split {split!r} (of {source.splits})"
     where = "there" if name == "own" else "there and one folder below"
-    found = "; ".join(report) or f"looked for {files}, {where}"
+    found, way_out = "; ".join(report) or f"looked for {files}, {where}", source.origin
     if split_files(name, data_root):
         found += f"; it has {', '.join(available_splits(name, data_root))}"
-    return HiVGError(f"{what}; {found}: {source.origin}.")
+    if split not in source.splits.split():
+        way_out = "choose one of its splits"
+    return HiVGError(f"{what}; {found}: {way_out}.")
 
 
 def available_splits(name, data_root):
@@ -601,7 +603,7 @@ class GroundingDataset(torch.utils.data.Dataset):
         """The sample's picture, cut and resized, uint8 [3, h, w]; and its Geometry."""
         if self.cache is not None and sample.image in self.cache:
             return self.cache[sample.image]
-        with opened(sample.image) as image:
+        with opened(sample.image, "replace it, or give --skip-bad-images") as image:
             if sample.size not in (None, image.size):
                 what = "it has {} x {} pixels, its annotations are for {} x {}"
                 raise ValueError(what.format(*image.size, *sample.size))

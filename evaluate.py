@@ -431,18 +431,20 @@ def curve(logs):
         title = {-1: "warm-up without bridges", 0: "warm-up"}.get(stage, f"stage {stage}")
         axes.axvline(epochs, color="grey", linestyle=":")
         axes.text(epochs, 1.02, title, rotation=30, transform=axes.get_xaxis_transform())
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     figure.canvas.draw()
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=0, skip_bad=False):
-    """Evaluate splits of a data set, by default all but train; print the table, write
-    results_NAME.json and a contact sheet for each split into `output`. skip_bad: leave out pictures
-    that cannot be read."""
-    rows, config = [], model.config
+    """Evaluate splits of a data set, by default all but train; print the table, write a contact
+    sheet for each split and results_NAME.json, or results_NAME_SPLIT.json for splits that were
+    asked for, into `output`. skip_bad: leave out pictures that cannot be read."""
+    rows, config, results = [], model.config, "_".join(["results", name, *(splits or ())])
     with first_process_first():
         there = data.available_splits(name, data_root)
+        clip_model.writable(output)
     splits = splits or [split for split in there if split != "train"]
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = functools.partial(data.GroundingDataset, name, data_root=data_root, skip_bad=skip_bad)
@@ -460,8 +462,8 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
         return
     print(table(rows))
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
-    clip_model.write_text(output / f"results_{name}.json", json.dumps(content, indent=2) + "\n")
-    print(f"written to {output}: results_{name}.json")
+    clip_model.write_text(output / f"{results}.json", json.dumps(content, indent=2) + "\n")
+    print(f"written to {output}: {results}.json")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -476,6 +478,7 @@ def at_least(low, kind=int):
             raise ValueError
         return value
 
+    number.__name__ = f"{kind.__name__} from {low} on"  # argparse's message has it
     return number
 
 
@@ -538,7 +541,7 @@ def main():
         type=Path,
         help="of train.py or HiVG's authors; for --benchmark also a CLIP's name",
     )
-    one_of("--dataset", help="evaluate this data set")
+    one_of("--dataset", help=f"evaluate this data set, one of {', '.join(data.DATASETS)}")
     add("--split", nargs="+", help="these splits of it (default: all but train)")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
     one_of("--image", help="or find something in this photograph")

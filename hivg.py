@@ -230,9 +230,8 @@ class HiVG(nn.Module):
         sizes, depth = clip.config, clip.config.vision_layers
         chosen = (*config.visual_layers, *config.bridge_layers), config.text_layers
         for layers, there in zip(chosen, (depth, sizes.text_layers)):
-            if not set(layers) <= set(range(1, there + 1)):
-                what = f"This CLIP has not all of the layers {layers}"
-                raise HiVGError(f"{what}: choose among 1 to {there}.")
+            if absent := set(layers) - set(range(1, there + 1)):
+                raise HiVGError(f"This CLIP has no layers {absent}: choose among 1 to {there}.")
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip

@@ -334,7 +334,7 @@ def train_epoch(model, loader, order, optimizer, rates, progress, args, context,
             save(progress)
             saved = time.time()
         if stopping:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(RESUME)
     return progress
 
 
@@ -344,10 +344,11 @@ def not_finite(where, dataset, numbers):
     samples = [dataset.samples[number] for number in numbers]
     names = ", ".join(f"{Path(s.image).name} {s.text!r}" for s in samples)
     what = f"The loss or its gradient is not finite in {where}, which has changed nothing"
-    return HiVGError(f"{what}: look at its samples ({names}), or try a lower --lr.")
+    return HiVGError(f"{what}: try a lower --lr, or look at its samples, {names}.")
 
 
 STOP = []  # when signals came
+RESUME = "the same command with --resume goes on from here"
 
 
 @contextmanager
@@ -410,16 +411,6 @@ def run(args):
             benchmark(args, device)
         else:
             train_and_evaluate(args, device)
-
-
-def writable(output):
-    """Make the folder; raises HiVGError if nothing can be written to it. What an earlier run left
-    half-written goes."""
-    with explaining(f"{output} cannot be written to", "name another --output"):
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-        for part in output.glob(".*.part"):
-            part.unlink()
 
 
 def has_room(output, model):
@@ -519,7 +510,7 @@ def train_stage(model, loader, val_set, args, progress, optimizer_state, context
             line |= evaluate.evaluate(model, val_set, args.workers)
         except RuntimeError:
             if STOP:  # a signal that has ended its workers, too
-                raise KeyboardInterrupt from None
+                raise KeyboardInterrupt(RESUME) from None
             raise
         line["seconds"] = round(time.time() - began, 1)
         acc, best_yet = line["acc"], max(progress.best, line["acc"])
@@ -531,9 +522,10 @@ def train_stage(model, loader, val_set, args, progress, optimizer_state, context
             write_text(output / "log.jsonl", "".join(lines))
         save(progress)
         what = f"after epoch {epoch}" if epoch >= 0 else "begins"
+        what += f" ({line['train_skipped']} skipped)" if "train_skipped" in line else ""
         print(f"stage {stage} {what}: {args.select} Acc@0.5 {acc:.2f} %", flush=True)
         if any(summed(bool(STOP))):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(RESUME)
     return progress
 
 
@@ -541,6 +533,8 @@ def train_and_evaluate(args, device):
     """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
     output, optimizer_state = Path(args.output), None
     last, best = output / "last.pt", output / "best.pt"
+    if args.resume and not last.exists():
+        raise HiVGError(f"There is no {last} to resume from: start without --resume.")
     if args.resume:
         args, model, progress, optimizer_state = resumed(last)
     elif last.exists():
@@ -550,9 +544,11 @@ def train_and_evaluate(args, device):
         args.bf16 = not any(summed(not bf16_pays(device)))
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
     with first_process_first():
-        if rank() == 0:
-            writable(output)
         splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
+        if rank() == 0:
+            clip_model.writable(output)
+            for half in output.glob(".*.part"):  # of an earlier run
+                half.unlink()
         if not args.resume:
             model = start(args, device, context)
             progress = Progress(stage=-1 if args.without_bridges else 0)
@@ -625,7 +621,7 @@ def loss_weight(text):
     """argparse's type of NAME=WEIGHT, one of the losses."""
     name, _, weight = text.partition("=")
     if name not in LOSS_WEIGHTS:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(LOSS_WEIGHTS)}")
     return name, at_least(0, float)(weight)
 
 

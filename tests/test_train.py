@@ -399,7 +399,7 @@ def test_pictures_of_extreme_shape(tokenizer, tmp_path, size):
     make_refer(tmp_path, [row])
     model = tiny_model(tokenizer)
     evaluate.evaluate_splits(model, "best.pt", "refcoco", ["val"], tmp_path, tmp_path / "out")
-    results = json.loads((tmp_path / "out/results_refcoco.json").read_text())["results"]
+    results = json.loads((tmp_path / "out/results_refcoco_val.json").read_text())["results"]
     assert math.isfinite(results[0]["miou"])
     assert Image.open(tmp_path / "out/refcoco_val.png").size[0] > 240
 
