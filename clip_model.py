@@ -1,9 +1,10 @@
 """CLIP from scratch: the tokenizer, the two towers, and the reading of released weights as data.
 
-Reading order: Tokenizer (text -> ids), attend and Block (one pre-norm transformer block),
-VisionTransformer and CLIP (the towers; parameter names are those of OpenAI's files), download, then
-load_clip with what it reads: archives, state dicts, safetensors, Hugging Face's names. HiVG
-(hivg.py) walks through the blocks of these towers itself; nothing here knows of it.
+First come errors and files that are whole or not there: skip them at first. Reading order:
+Tokenizer (text -> ids), attend and Block (one pre-norm transformer block), VisionTransformer and
+CLIP (the towers; parameter names are those of OpenAI's files), download, then load_clip with what
+it reads: archives, state dicts, safetensors, Hugging Face's names. HiVG (hivg.py) walks through the
+blocks of these towers itself; nothing here knows of it.
 
     from clip_model import load_clip, tokenize
     clip = load_clip("ViT-B/16")                                     # fp32, eval mode
@@ -26,13 +27,12 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 import traceback
 import urllib.request
 import zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ftfy
@@ -72,19 +72,6 @@ def replacing(path):
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Write a text file; until it is whole the old one stays."""
-    with replacing(path) as temporary:
-        temporary.write_text(text)
-
-
-def writable(folder):
-    """Make a folder if need be. Raises HiVGError if nothing can be written to it."""
-    with explaining(f"{folder} cannot be written to", "name another --output"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
 
 
 def exit_with(job, args):
@@ -143,7 +130,7 @@ class Tokenizer:
             else:
                 opener = gzip.open if str(merges_file).endswith(".gz") else open
                 with opener(merges_file, "rt", encoding="utf-8") as file:
-                    text = file.read()
+                    text = file.read(2**24)  # far more than CLIP's has
             lines = text.strip().split("\n")[1 : MAX_MERGES + 1]
             merges = [tuple(line.split()) for line in lines]
             if any(len(merge) != 2 for merge in merges):
@@ -250,7 +237,7 @@ def attend(q, k, v, heads, mask=None, causal=False, dropout=NO_DROPOUT):
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     p = dropout.p if dropout.training else 0.0
     if q.device.type == "cpu" and q.requires_grad and (p or q.dtype is torch.bfloat16):
-        # written out: of bf16 the backward of the fused kernel takes 6 times as long, and there is
+        # written out: on a CPU the fused kernel's backward is 6 times slower in bf16, and it has
         # none with dropout
         logits = q / math.sqrt(q.shape[-1]) @ k.mT  # [B, heads, Nq, Nk]
         if causal:
@@ -352,7 +339,7 @@ class CLIP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = replace(config)  # a copy: `resize` changes it
         self.visual = VisionTransformer(config)
         width = config.text_width
         self.transformer = Transformer(width, config.text_layers)
@@ -447,8 +434,7 @@ def fetch_rest(url, part, size):
         known = dict(total=total or None, initial=size if rest else 0, unit="B", unit_scale=True)
         with open(part, "ab" if rest else "wb") as file, tqdm(desc=part.stem, **known) as bar:
             while chunk := reply.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
+                bar.update(file.write(chunk))
     if total and part.stat().st_size != total:
         raise ValueError(f"it broke off after {part.stat().st_size:,} of {total:,} bytes")
 
@@ -503,8 +489,31 @@ def clip_tokenizer():
 STORAGES = {f"{name}Storage" for name in ("Half", "Float", "Double", "BFloat16", "Long", "Int")}
 
 
-# Python's own: the one in C makes room for what a file claims
-class ArchiveUnpickler(pickle._Unpickler):
+class PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing.
+
+    Python's own, not the faster one in C: that makes room for whatever a file claims. Tuples come
+    as lists: as keys of a dict they could be nested deeper than hashing bears.
+    """
+
+    def gather(count):  # the job of an operation that makes one list of `count` objects
+        def load(self):
+            self.stack[-count:] = [self.stack[-count:]]
+
+        return load
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+    dispatch |= {pickle.TUPLE1[0]: gather(1), pickle.TUPLE2[0]: gather(2)}
+    dispatch |= {pickle.TUPLE3[0]: gather(3), pickle.TUPLE[0]: pickle._Unpickler.load_list}
+    dispatch |= {pickle.EMPTY_TUPLE[0]: pickle._Unpickler.load_empty_list}
+    for code in (pickle.BYTEARRAY8, pickle.FROZENSET, pickle.EMPTY_SET):
+        del dispatch[code[0]]
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+
+
+class ArchiveUnpickler(PlainUnpickler):
     """Reads data.pkl of a TorchScript archive. Its modules become plain holders of attributes; no
     code is run."""
 
@@ -525,7 +534,7 @@ class ArchiveUnpickler(pickle._Unpickler):
             return getattr(torch, name.removesuffix("Storage").lower())
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+        return super().find_class(module, name)
 
     def persistent_load(self, reference):
         _, dtype, key, _, numel = reference
@@ -544,7 +553,8 @@ def read_archive(path):
         root = ArchiveUnpickler(io.BytesIO(archive.read(name)), archive, prefix).load()
 
     def tensors(holder, prefix=""):
-        for name, value in vars(holder).items():
+        attributes, holder.__dict__ = vars(holder), {}  # each holder is visited once
+        for name, value in attributes.items():
             if isinstance(value, torch.Tensor):
                 yield prefix + name, value
             elif isinstance(value, ArchiveUnpickler.Holder):
@@ -562,6 +572,9 @@ def read_safetensors(path):
         header = json.loads(file.read(length))
         content = bytearray(file.read())
     header.pop("__metadata__", None)
+    offsets = [entry["data_offsets"] for entry in header.values()]
+    if sum(end - start for start, end in offsets) > len(content):
+        raise ValueError("its tensors claim more than the file holds")
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
     dtypes |= {"BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32}
     state = {}
@@ -592,6 +605,13 @@ def read_weights(path):
         raise ValueError("damaged, or it holds more than tensors and plain data") from None
 
 
+def refuse_expanded(state):
+    """Raises ValueError if a tensor of a state dict claims more elements than its file holds."""
+    for name, tensor in state.items():
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f"its {name} claims more than the file holds")
+
+
 def renamed(state, table):
     """The entries of `state`, renamed by every (pattern, replacement) of the table in turn."""
     return {
@@ -600,9 +620,8 @@ def renamed(state, table):
 
 
 HUGGING_FACE = (  # its names, as patterns, and OpenAI's
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"\bposition_embedding\.weight", "positional_embedding"),
+    (r"\bpatch_embedding\b", "conv1"),
     (r"^vision_model\.(embeddings\.)?", "visual."),
     (r"^text_model\.(embeddings\.)?", ""),
     (r"^visual_projection\.weight", "visual.proj"),
@@ -657,6 +676,9 @@ def config_from(state):
     )
 
 
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's archives
+
+
 def load_clip(name_or_path):
     """CLIP by name (downloaded into $CLIP_CACHE) or from a file: fp32, eval mode.
 
@@ -668,14 +690,13 @@ def load_clip(name_or_path):
     if name_or_path in RELEASED:
         address = RELEASED[name_or_path]
         path = cached(CLIP_URL + address, sha256=address.split("/")[0])
-    names = ", ".join(RELEASED)
-    with explaining(f"{path} is no CLIP (ViT)", f"name a file of one, or {names}"):
+    with explaining(f"{path} is no CLIP (ViT)", f"name a file of one, or {', '.join(RELEASED)}"):
         state = read_weights(path)
         state = state.get("model", state)  # the authors' adapted CLIP
+        state = {name: t for name, t in state.items() if name not in NOT_WEIGHTS}
+        refuse_expanded(state)
         if any("vision_model." in name for name in state):
             state = from_hugging_face({n: t for n, t in state.items() if ".cross_" not in n})
-        for extra in ("input_resolution", "context_length", "vocab_size"):
-            state.pop(extra, None)
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
         with torch.device("meta"):
             clip = CLIP(config_from(state))

@@ -9,7 +9,8 @@ Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `
 (`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the
 shapes data set, which is generated: tables of kinds, colours and words, `expression` (one sentence,
 proven true of exactly one shape), `make_scene` and `generate_shapes`; and last the two commands,
-`check` and `get`, which is download.
+`check` and `get`, which is download. It knows no model: of clip_model.py it has errors, files and
+the statistics of CLIP's pixels.
 
 Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
 w, h: those are shares, 0 to 1, of the padded square.
@@ -17,7 +18,6 @@ w, h: those are shares, 0 to 1, of the padded square.
 
 import argparse
 import functools
-import glob
 import gzip
 import io
 import itertools
@@ -44,11 +44,20 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from tqdm import tqdm
 
-from clip_model import MEAN, STD, HiVGError, download, exit_with, explaining, read_weights
+from clip_model import (
+    MEAN,
+    STD,
+    HiVGError,
+    PlainUnpickler,
+    download,
+    exit_with,
+    explaining,
+    read_weights,
+)
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS, which is a program
 MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
-# of a pool of processes: Ctrl-C is for the one that waits for them
+# of a Pool whose workers leave Ctrl-C to the process that waits for them
 QUIET = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -173,7 +182,8 @@ def in_square(pixels, geometry, mean, std):
     rows, columns = slice(top, top + height), slice(left, left + width)
     square = torch.zeros(3, geometry.side, geometry.side)
     padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
-    square[:, rows, columns].copy_(pixels).sub_(channels(mean)).div_(channels(std))
+    mean, std = channels(tuple(mean)), channels(tuple(std))  # [3, 1, 1] each
+    square[:, rows, columns].copy_(pixels).sub_(mean).div_(std)
     padding[rows, columns] = False
     return square, padding
 
@@ -186,7 +196,7 @@ def prepare(image, image_size, mean=MEAN, std=STD):
 
 # ------------------------------------------------------------------------------------- augmentation
 
-PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost, topmost, ...
+PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost (and in laptop)
 
 
 def random_geometry(rng, size, box, text, side):
@@ -257,37 +267,31 @@ class Source(NamedTuple):
     counts: tuple  # published numbers of expressions, in the order of the splits, if there are any
     pictures: str  # their kind, a key of PICTURES
     origin: str  # where to get it
-    refer: str = ""  # path of refer's file
-    index: str = ""  # name of the index lists, which is what HiVG's authors call the data set
-    mdetr: str = ""  # name in MDETR's files
+    files: dict  # {family: path below the data root, where {} is the split}; the first counts
     stamp: int = 0  # of the web archive's copy of refer's files
-
-    @property
-    def files(self):
-        """{family: path below the data root}, {} is the split; in order of preference."""
-        named = {"refer": (self.refer, "{0}"), "index": (self.index, "{0}/{0}_{{}}.pth")}
-        named |= {"mdetr": (self.mdetr, "finetune_{0}_{{}}.json")}
-        files = {family: path.format(name) for family, (name, path) in named.items() if name}
-        return files or {"own": "{}.jsonl"}
 
 
 # fmt: off
 DATASETS = {
     "refcoco": Source(FOUR, (120_624, 10_834, 5_657, 5_095), "coco", COCO,
-                      "refcoco/refs(unc).p", "unc", "refcoco", 20220413011718),
+                      {"refer": "refcoco/refs(unc).p", "index": "unc/unc_{}.pth",
+                       "mdetr": "finetune_refcoco_{}.json"}, 20220413011718),
     "refcoco+": Source(FOUR, (120_191, 10_758, 5_726, 4_889), "coco", COCO,
-                       "refcoco+/refs(unc).p", "unc+", "refcoco+", 20220413011656),
+                       {"refer": "refcoco+/refs(unc).p", "index": "unc+/unc+_{}.pth",
+                        "mdetr": "finetune_refcoco+_{}.json"}, 20220413011656),
     "refcocog": Source("train val test", (80_512, 4_896, 9_602), "coco", COCO,
-                       "refcocog/refs(umd).p", "gref_umd", "refcocog", 20220413012904),
+                       {"refer": "refcocog/refs(umd).p", "index": "gref_umd/gref_umd_{}.pth",
+                        "mdetr": "finetune_refcocog_{}.json"}, 20220413012904),
     "refcocog-google": Source("train val", (85_474, 9_536), "coco", COCO,
-                              "refcocog/refs(google).p", "gref", "", 20220413012904),
+                              {"refer": "refcocog/refs(google).p", "index": "gref/gref_{}.pth"},
+                              20220413012904),
     "referit": Source("train val test", (54_127, 5_842, 60_103), "referit", REFERIT,
-                      index="referit"),
+                      {"index": "referit/referit_{}.pth"}),
     "flickr30k": Source("train val test", (427_193, 14_433, 14_481), "flickr", FLICKR,
-                        index="flickr"),
-    "mixup": Source(f"{FOUR} test", (), "coco", MIXUP, index="mixup"),
-    "own": Source(f"{FOUR} test", (), "own", OWN),
-    "shapes": Source(FOUR, (), "shapes", SHAPES, "shapes/refs(unc).p"),
+                        {"index": "flickr/flickr_{}.pth"}),
+    "mixup": Source(f"{FOUR} test", (), "coco", MIXUP, {"index": "mixup/mixup_{}.pth"}),
+    "own": Source(f"{FOUR} test", (), "own", OWN, {"own": "{}.jsonl"}),
+    "shapes": Source(FOUR, (), "shapes", SHAPES, {"refer": "shapes/refs(unc).p"}),
 }
 # fmt: on
 PICTURES = {  # where a picture may lie below the data root
@@ -317,15 +321,6 @@ class Sample(NamedTuple):
     text: str  # lower case
     box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the picture where its size is known
     size: tuple  # width, height that the annotations say; None where they don't
-
-
-class PlainUnpickler(pickle._Unpickler):
-    """Reads numbers, strings, lists, dicts; refuses every class and function, so runs nothing.
-    Python's own, not the faster one in C: that makes room for as many objects as a file claims to
-    number."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, which is no plain data")
 
 
 def unpickle(file):
@@ -380,7 +375,7 @@ def index_entries(split, kind, entries):
     for entry in entries:
         file, *size, box, text = entry[:4]  # Flickr's have no size
         size = size[0] if size else None
-        of = size if isinstance(size, str) and size in PICTURES else kind  # mixup's mark
+        of = size if size in ("coco", "referit", "flickr") else kind  # mixup's mark
         size = size_of(size) if isinstance(size, dict) else None  # a pair may be w, h or h, w
         yield None, of, file, size, corners(box) if kind == "coco" else box, [text]
 
@@ -403,7 +398,7 @@ FAMILIES = {
     "refer": (refs_by_split, refer_entries),
     "index": (index_list, index_entries),
     "mdetr": (json.load, mdetr_entries),
-    "own": (list, own_entries),
+    "own": (lambda file: file.read().rstrip().splitlines(), own_entries),
 }
 
 
@@ -431,8 +426,10 @@ def split_files(name, data_root):
     for split, family in itertools.product(source.splits.split(), source.files):
         path = source.files[family].format(split)
         for place in (path,) if family == "own" else (path, f"*/{path}"):
-            for file in sorted(glob.glob(place, root_dir=data_root)):
-                found.setdefault(split, (family, os.path.join(data_root, file)))
+            for file in map(str, sorted(Path(data_root).glob(place))):
+                # refer's one file may lack a split that another family's files have
+                if family != "refer" or split in read_file(file, refs_by_split, source.origin):
+                    found.setdefault(split, (family, file))
     return found
 
 
@@ -452,17 +449,15 @@ def nothing_of(name, split, data_root, report=()):
 
 def available_splits(name, data_root):
     """The splits of a data set that its files really hold, in the table's order."""
-    files, origin = split_files(name, data_root), DATASETS[name].origin
+    files = split_files(name, data_root)
     if not files:
         raise nothing_of(name, "train", data_root)
-    refer = {path for family, path in files.values() if family == "refer"}
-    held = set().union(*(read_file(path, refs_by_split, origin) for path in refer))
-    return [split for split, (family, _) in files.items() if family != "refer" or split in held]
+    return list(files)
 
 
 def find_picture(data_root, kind, file):
     """The path of a picture: the first of its places where it is, or else the first."""
-    name = file if kind == "own" else os.path.basename(file)
+    name = os.path.normpath(file) if kind == "own" else os.path.basename(file)
     fields = {"name": name, "number": name[-16:]}
     places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES[kind]]
     return next(filter(os.path.isfile, places), places[0])
@@ -499,7 +494,7 @@ def read_split(name, split, data_root):
             x1, y1, x2, y2 = map(float, box)  # fractions are kept (D12)
             width, height = size or (math.inf, math.inf)
             box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-            texts, image = [text.strip().lower() for text in texts], find(kind, file)
+            texts, image = [str.strip(text).lower() for text in texts], find(kind, file)
             found += len(texts)
             if not math.isfinite(x1 + y1 + x2 + y2) or box[0] >= box[2] or box[1] >= box[3]:
                 notes[f"box without area left out, {title or place}"] += 1
@@ -558,11 +553,10 @@ class GroundingDataset(torch.utils.data.Dataset):
     text     str
     box      float32 [4]: cx, cy, w, h, 0..1, of the padded square
     object   int64: a number, the same for all expressions of one object (picture and box)
+    read     bool: False where another sample stands in, as this picture cannot be read (skip_bad)
 
     name: a data set, or a list of them, whose samples follow one another. What of a train split has
     its picture in another set's val or tests is then left out.
-
-    read     bool: False where another sample stands in, as this picture cannot be read (skip_bad)
 
     augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
     is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the
@@ -656,7 +650,7 @@ def batches(dataset, lists, workers=0, pin_memory=False, ignored=(signal.SIGINT,
 
 
 def seed_from(*numbers):
-    """A seed that follows from whole numbers, and differs where one of them does."""
+    """A seed that follows from whole numbers; for as many others, below 2^32, it is another."""
     return int(np.random.default_rng(numbers).integers(2**62))
 
 
@@ -1039,12 +1033,9 @@ def get(name, data_root):
     files, source = split_files(name, data_root), DATASETS[name]
     if "refer" not in source.files:
         raise HiVGError(f"{name} cannot be downloaded: {source.origin}.")
-    beside = [
-        Path(path).with_name("instances.json")
-        for family, path in files.values()
-        if family == "refer"
-    ]
-    if len(files) < len(source.splits.split()) or not all(path.is_file() for path in beside):
+    refer = [Path(path) for family, path in files.values() if family == "refer"]
+    whole = all(path.with_name("instances.json").is_file() for path in refer)
+    if len(files) < len(source.splits.split()) or not whole:
         folder = os.path.dirname(source.files["refer"])
         try:
             fetch(UNC.format(source.stamp, folder), data_root, folder)

@@ -8,9 +8,9 @@ pictures of all that.
     python evaluate.py runs/refcoco/best.pt --benchmark --batch-size 32
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground (one photograph), predict and summary (a split), attention_maps (where the
-model looked), benchmark, the pictures (sheet, contact_sheet, overlay, curve), evaluate_splits, run
-and main.
+First come the device and the processes: skip them at first. Reading order: ground (one photograph),
+predict and summary (a split), attention_maps (where the model looked), benchmark, the pictures
+(sheet, contact_sheet, overlay, curve), evaluate_splits, run and main.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import textwrap
 from argparse import RawDescriptionHelpFormatter as RawText
 from contextlib import contextmanager
@@ -36,9 +37,8 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import clip_model
 import data
-from clip_model import CLIP, SIZES, HiVGError, Tokenizer, attend, explaining
+from clip_model import CLIP, SIZES, HiVGError, Tokenizer, attend, exit_with, explaining, replacing
 from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, load_model
 
 LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (poster, Fig. 6 c)
@@ -62,6 +62,19 @@ def keep_freed_memory():
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     for option, value in ((-1, 2**31 - 1), (-4, 0), (-8, 1)) if mallopt else ():
         mallopt(option, value)  # M_TRIM_THRESHOLD; M_MMAP_MAX; M_ARENA_MAX: one for all threads
+
+
+def write_text(path, text):
+    """Write a text file; until it is whole the old one stays."""
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+
+
+def writable(folder):
+    """Make a folder if need be. Raises HiVGError if nothing can be written to it."""
+    with explaining(f"{folder} cannot be written to", "name another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def rank():
@@ -201,7 +214,7 @@ def summary(dataset, found, true, read):
 
 
 def table(rows):
-    """The rows of `evaluate` as lines of text: all expressions of each split, then Acc@0.5 by
+    """The rows of `summary` as lines of text: all expressions of each split, then Acc@0.5 by
     number of words."""
     splits = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
     by_words = [" ".join(["\nwords   ", *(f"{name:>16}" for name in LENGTHS)])]
@@ -238,7 +251,8 @@ def attention_maps(model, image, text):
     """
     blocks, last = model.clip.visual.transformer.resblocks, model.layers[-1].attention
     layers = range(1, len(blocks) + 1) if len(blocks) <= 4 else model.config.visual_layers
-    inputs, maps = {}, {}  # inputs: what each module was called with
+    # called as hook(module, inputs) before each module: inputs[module] is what it was called with
+    inputs, maps = {}, {}
     with torch.nn.modules.module.register_module_forward_pre_hook(inputs.__setitem__):
         ground(model, image, text)
     for layer in layers:
@@ -295,10 +309,7 @@ def print_benchmark(rows, peak):
 def random_model(name):
     """HiVG of CLIP's size `name`, a key of SIZES, in stage 3, with random weights and the letters
     as vocabulary."""
-    model = HiVG(HiVGConfig(), CLIP(SIZES[name]), Tokenizer(io.StringIO("# no merges")))
-    for stage in (1, 2, 3):
-        model.enter_stage(stage)
-    return model
+    return HiVG(HiVGConfig(stage=3), CLIP(SIZES[name]), Tokenizer(io.StringIO("# no merges")))
 
 
 def synthetic(model, count):
@@ -307,11 +318,8 @@ def synthetic(model, count):
     S = model.config.image_size
     padding = torch.zeros(count, S, S, dtype=torch.bool)
     padding[:, S * 5 // 6 :] = padding[:, : S // 6] = True
-    boxes, text = (
-        torch.tensor([[0.5, 0.5, 0.3, 0.4]]).repeat(count, 1),
-        "a b c d e f g h i j k l m n o",
-    )
-    batch = {"image": torch.randn(count, 3, S, S), "padding": padding, "text": [text] * count}
+    images, boxes = torch.randn(count, 3, S, S), torch.tensor([[0.5, 0.5, 0.3, 0.4]] * count)
+    batch = {"image": images, "padding": padding, "text": ["a b c d e f g h i j k l m n o"] * count}
     return batch | {"box": boxes, "object": torch.arange(count)}
 
 
@@ -355,7 +363,7 @@ def save(picture, path):
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise HiVGError(f"{path} has no ending of a picture: name it .png or .jpg.")
-    with clip_model.replacing(path) as temporary:
+    with replacing(path) as temporary:
         picture.save(temporary, kind)
     print(f"drawn into {path}")
 
@@ -386,8 +394,8 @@ def contact_sheet(dataset, found, true, read, path, count=24):
         sample = dataset.samples[index]
         picture = data.load_image(sample.image, upright=False)
         geometry = data.letterbox((0, 0, *picture.size), dataset.image_size)
-        draw_box(picture, sample.box, TRUE_COLOUR)
-        draw_box(picture, data.to_pixels(found[index], geometry).tolist(), FOUND_COLOUR)
+        for boxes, colour in ((true, TRUE_COLOUR), (found, FOUND_COLOUR)):
+            draw_box(picture, data.to_pixels(boxes[index], geometry).tolist(), colour)
         panels.append((picture, f"{overlaps[index]:.2f}  {sample.text}"))
     save(sheet(panels, columns=6), path)
 
@@ -420,11 +428,12 @@ def curve(logs):
     pyplot.switch_backend("agg")  # no window
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     starts = set()  # (epochs before it, stage)
+    names = {log: Path(log).absolute().parent.name.replace("$", r"\$") for log in logs}
     for log in logs:
         with explaining(f"{log} is no log of train.py", "name a run's log.jsonl"):
             lines = [json.loads(line) for line in Path(log).read_text().splitlines()]
             done = np.cumsum([e["epoch"] >= 0 for e in lines])
-            axes.plot(done, [e["acc"] for e in lines], ".-", label=Path(log).absolute().parent.name)
+            axes.plot(done, [e["acc"] for e in lines], ".-", label=names[log])
             axes.set(xlabel="epochs", ylabel=f"Acc@0.5 on {lines[-1]['split']}, %")
             starts |= {(d - 1, e["stage"]) for d, e in zip(done, lines) if e["epoch"] == 0}
     for epochs, stage in starts:
@@ -444,8 +453,10 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
     rows, config, results = [], model.config, "_".join(["results", name, *(splits or ())])
     with first_process_first():
         there = data.available_splits(name, data_root)
-        clip_model.writable(output)
+        writable(output)
     splits = splits or [split for split in there if split != "train"]
+    if not splits:
+        raise data.nothing_of(name, "val", data_root)
     picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
     read = functools.partial(data.GroundingDataset, name, data_root=data_root, skip_bad=skip_bad)
     for dataset in [read(split=split, **picture) for split in splits]:
@@ -462,7 +473,7 @@ def evaluate_splits(model, checkpoint, name, splits, data_root, output, workers=
         return
     print(table(rows))
     content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
-    clip_model.write_text(output / f"{results}.json", json.dumps(content, indent=2) + "\n")
+    write_text(output / f"{results}.json", json.dumps(content, indent=2) + "\n")
     print(f"written to {output}: {results}.json")
 
 
@@ -475,10 +486,9 @@ def at_least(low, kind=int):
     def number(text):
         value = kind(text)
         if not low <= value < 2**63:
-            raise ValueError
+            raise argparse.ArgumentTypeError(f"{text} is no number from {low} on")
         return value
 
-    number.__name__ = f"{kind.__name__} from {low} on"  # argparse's message has it
     return number
 
 
@@ -535,12 +545,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
     add = parser.add_argument
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    add(
-        "checkpoint",
-        nargs="?",
-        type=Path,
-        help="of train.py or HiVG's authors; for --benchmark also a CLIP's name",
-    )
+    add("checkpoint", nargs="?", type=Path, help="of train.py or HiVG's authors, or a CLIP's name")
     one_of("--dataset", help=f"evaluate this data set, one of {', '.join(data.DATASETS)}")
     add("--split", nargs="+", help="these splits of it (default: all but train)")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
@@ -565,7 +570,7 @@ def main():
     }
     for broken in [rule for rule, holds in rules.items() if not holds]:
         parser.error(broken)
-    clip_model.exit_with(run, args)
+    exit_with(run, args)
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ TINY = 1e-16  # smaller areas count as none; its square is still a float32, so g
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
 
 
-def usual_layers(depth, fine):
-    """V and C, the poster's for a tower of so many layers; fine: for ViT-L/14@336px."""
+def usual_layers(depth, is_336):
+    """V and C, the poster's for a tower of so many layers; is_336: ViT-L/14@336px."""
     if depth == 24:
-        return ((12, 16, 20, 24),) * 2 if fine else ((6, 12, 18, 24), (5, 11, 17, 23))
+        return ((12, 16, 20, 24),) * 2 if is_336 else ((6, 12, 18, 24), (5, 11, 17, 23))
     return (tuple(sorted({1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth})),) * 2
 
 
@@ -236,9 +236,9 @@ class HiVG(nn.Module):
         self.grid = config.image_size // sizes.patch_size  # patches a side
         self.clip = clip
         n = len(config.text_layers)
-        bridges = {str(layer): Bridge(sizes, n) for layer in config.bridge_layers}
-        self.bridges = nn.ModuleDict(bridges)
-        self.mixed_proj = nn.Linear(D, d_v) if bridges and not n else None  # text, for all bridges
+        self.bridges = nn.ModuleDict({str(i): Bridge(sizes, n) for i in config.bridge_layers})
+        mixed = self.bridges and not n  # text that is projected for all bridges at once
+        self.mixed_proj = nn.Linear(D, d_v) if mixed else None
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
@@ -246,8 +246,7 @@ class HiVG(nn.Module):
         self.positions = nn.Parameter(torch.randn(2 + N + sizes.context_length, D) * 0.02)
         self.positions.data[2 : 2 + N] += grid_positions(self.grid, D)  # (D11)
         each = D, config.heads, config.feedforward, config.dropout
-        layers = [GroundingLayer(*each) for _ in range(config.grounding_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(GroundingLayer(*each) for _ in range(config.grounding_layers))
         for matrix in [p for p in self.layers.parameters() if p.dim() == 2]:
             nn.init.xavier_uniform_(matrix)
         self.norm = nn.LayerNorm(D)
@@ -454,18 +453,15 @@ def save_checkpoint(path, model, **more):
 AUTHORS_NAMES = (  # of the parameters in the authors' checkpoints, as patterns, and ours
     # they count layers from 0
     (r"^clip\.visual\..*\.(\d+)\.cross_", lambda found: f"bridges.{int(found[1]) + 1}."),
-    (r"^(bridges\.\d+)\.attn\b", r"\1.attention"),
     (r"^(bridges\.\d+)\.gate\b", r"\1.W_proj"),
     (r"^(bridges\.\d+)\.adaptive_weights\b", r"\1.w"),
     (r"^vl_transformer\.encoder\.", ""),
-    (r"^(layers\.\d+)\.self_attn\b", r"\1.attention"),
+    (r"^(bridges|layers)(\.\d+)\.(self_)?attn\b", r"\1\2.attention"),
     (r"^(layers\.\d+)\.norm([12])\b", r"\1.norm_\2"),
-    (r"^(layers\.\d+)\.linear1\b", r"\1.mlp.0"),
-    (r"^(layers\.\d+)\.linear2\b", r"\1.mlp.3"),
     (r"^bbox_embed\.layers\.(\d)\b", lambda found: f"box_head.{2 * int(found[1])}"),
     (r"^visu_token_", "region_"),
-    (r"mlp\.fc1\b", "mlp.0"),
-    (r"mlp\.fc2\b", "mlp.3"),
+    (r"(linear|mlp\.fc)1\b", "mlp.0"),
+    (r"(linear|mlp\.fc)2\b", "mlp.3"),
     (r"^reg_token\.weight", "reg_token"),
     (r"^vl_pos_embed\.weight", "positions"),
     (r"^condition_text_proj\b", "mixed_proj"),
@@ -492,11 +488,10 @@ def from_authors(weights, settings):
     text_layers = TEXT_LAYERS.get(settings["dataset"], (clip_config.text_layers,))
     text_layers = () if settings["mixup_pretrain"] else text_layers
     adaptive = settings["enable_adaptive_weights"] and text_layers
-    unused = [AUTHORS_UNUSED]
-    unused += [] if layers and not text_layers else ["mixed_proj"]
-    unused += [] if text_layers else [r"bridges\.\d+\.W_proj"]
-    unused += [] if adaptive else [r"bridges\.\d+\.w\."]
-    state = {n: t for n, t in state.items() if not re.match("|".join(unused), n)}
+    used = {"mixed_proj": layers and not text_layers, r"bridges\.\d+\.w\.": adaptive}
+    used |= {r"bridges\.\d+\.W_proj": text_layers, AUTHORS_UNUSED: False}
+    unused = "|".join(pattern for pattern in used if not used[pattern])
+    state = {n: t for n, t in state.items() if not re.match(unused, n)}
 
     # two maps with nothing between them are one
     W, b = (state.pop(f"visu_proj.{part}") for part in ("weight", "bias"))
@@ -558,6 +553,7 @@ def load_model(path):
     way_out = "name a best.pt or last.pt of train.py, or a checkpoint of HiVG's authors"
     with clip_model.explaining(f"{path} is no checkpoint of HiVG", way_out):
         content = clip_model.read_weights(path)
+        clip_model.refuse_expanded(content.get("model", {}))
         if "vl_pos_embed.weight" in content.get("model", {}):
             model = from_authors(content["model"], vars(content["args"]))
         elif content["format"] == "hivg-1":
@@ -566,8 +562,7 @@ def load_model(path):
             sizes = clip_model.config_from(clip)
             model = assembled(HiVGConfig(**content["config"]), sizes, state, tokenizer)
             if tokenizer.vocab_size != sizes.vocab_size:
-                what = "its vocabulary has {} tokens, its CLIP {}"
-                raise ValueError(what.format(tokenizer.vocab_size, sizes.vocab_size))
+                raise ValueError("its vocabulary is not that of its CLIP")
         else:
             raise ValueError(f"its format is {content['format']}")
         try_out(model)

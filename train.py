@@ -27,7 +27,7 @@ import tempfile
 import time
 from argparse import RawDescriptionHelpFormatter as RawText
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import islice, zip_longest
 from operator import add, mul
@@ -48,8 +48,8 @@ import clip_model
 import data
 import evaluate
 import hivg
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining, write_text
-from evaluate import at_least, first_process_first, inputs_of, joined, processes, rank
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining
+from evaluate import at_least, first_process_first, inputs_of, joined, processes, rank, write_text
 from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
 
 
@@ -94,10 +94,6 @@ PARTS = {  # of the model, by the names of their parameters: the first that matc
     "heads": r"^(box_head|region)",
     "grounding encoder": "",
 }
-MODEL_FLAGS = (  # options that are fields of HiVGConfig
-    *("image_size", "adapters", "groups", "rank", "targets"),
-    *("visual_layers", "bridge_layers", "text_layers"),
-)
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
 # the rate rises to its top in so many steps of a stage, or in a tenth of it if that is less (D4)
@@ -112,9 +108,10 @@ SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
 
 
 def rate(step, steps, top):
-    """Linear warm-up, then cosine to 0: the learning rate of a step (0 .. steps - 1) of a stage."""
-    warmup = min(1, (step + 1) / min(WARMUP_STEPS, 1 + steps / 10))
-    return top * warmup * (1 + math.cos(math.pi * step / steps)) / 2
+    """The learning rate of step s = 0 .. S - 1 of a stage, a linear rise and a cosine to 0 (D4):
+    top min(1, (s + 1) / w) (1 + cos(pi s / S)) / 2, w = min(200, 1 + S / 10)."""
+    rise = min(1, (step + 1) / min(WARMUP_STEPS, 1 + steps / 10))
+    return top * rise * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def update(optimizer, learning_rate, loss):
@@ -184,8 +181,7 @@ def shapes_clip(folder, seed, device, context):
         scenes = (load(folder / "images" / file) for file in files)
         return torch.stack([data.prepare(s, SHAPES_CLIP.image_size)[0] for s in scenes])
 
-    SHAPES_CLIP.vocab_size = tokenizer.vocab_size
-    clip = CLIP(SHAPES_CLIP)
+    clip = CLIP(replace(SHAPES_CLIP, vocab_size=tokenizer.vocab_size))
     see_patches(clip.visual, read(names[:1500]))
     clip.to(device).train()
     trained = [p for p in clip.parameters() if p.requires_grad]
@@ -216,8 +212,7 @@ def tokenizer_for(clip_path, vocab_size):
     found = next((path for path in beside if path.is_file()), None)
     tokenizer = Tokenizer(found) if found else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != vocab_size:
-        what = f"{found or 'the vocabulary of CLIP'} has {tokenizer.vocab_size} tokens"
-        what += f", {clip_path} {vocab_size}"
+        what = f"{clip_path} is not for the vocabulary of {found or 'CLIP'}"
         raise HiVGError(f"{what}: put its own beside it as {beside[0].name}.")
     return tokenizer
 
@@ -264,31 +259,29 @@ def summed(*numbers):
     return sums.tolist()
 
 
-def train_step(model, batches, optimizer, learning_rate, weights, context):
+def train_step(parallel, batches, optimizer, learning_rate, weights, context):
     """One step down the mean gradient over some batches, one after the other (accumulation), and
     over all processes.
 
-    model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them.
+    parallel: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them.
     weights: of the losses. Returns the losses' means, [len(weights)], NaN where one or the gradient
     is not finite: then the step has changed nothing. They are on the device still: nothing here
     waits for a GPU.
     """
-    hivg_, means = getattr(model, "module", model), 0
+    model, means = getattr(parallel, "module", parallel), 0
     for number, batch in enumerate(batches, start=1):
-        # DistributedDataParallel adds up the gradients of all processes in the last backward pass
-        # alone
-        early = model is not hivg_ and number < len(batches)
-        images, tokens, padding = inputs_of(hivg_, batch)
+        # DistributedDataParallel takes the mean over processes in the last backward pass alone
+        early = parallel is not model and number < len(batches)
+        images, tokens, padding = inputs_of(model, batch)
         boxes, objects = (batch[n].to(images.device, non_blocking=True) for n in ("box", "object"))
-        with model.no_sync() if early else nullcontext():
+        with parallel.no_sync() if early else nullcontext():
             with context():
-                output = model(images, tokens, padding, for_losses=True)
-            # L_CLC is over the samples of all processes, the others are means over samples
+                output = parallel(images, tokens, padding, for_losses=True)
+            # L_CLC compares the samples of all processes
             output.image_vectors = from_all(output.image_vectors)
             output.text_vectors = from_all(output.text_vectors)
-            parts = losses(output, boxes, from_all(objects), hivg_.clip.logit_scale)
-            # means over processes are taken of the gradients, but each has a part only of that of
-            # L_CLC
+            parts = losses(output, boxes, from_all(objects), model.clip.logit_scale)
+            # each has its own part only of L_CLC's gradient: their sum is needed, not their mean
             scale = {"clc": processes()}
             loss = sum(weights[n] * scale.get(n, 1) * parts[n] for n in weights) / len(batches)
             loss.backward()
@@ -315,8 +308,7 @@ def train_epoch(model, loader, order, optimizer, rates, progress, args, context,
     for step in bar:
         torch.manual_seed(data.seed_from(args.seed, 1 + stage, epoch, step, rank()))  # of dropout
         batches = list(islice(fetched, each))
-        how = optimizer, rates[step], args.losses, context
-        unread.append(train_step(model, batches, *how))
+        unread.append(train_step(model, batches, optimizer, rates[step], args.losses, context))
         bad = sum(int((~batch["read"]).sum()) for batch in batches)
         stopping, bad = summed(bool(STOP), bad)
         progress = progress._replace(skipped=progress.skipped + int(bad))
@@ -385,19 +377,22 @@ def start(args, device, context):
     kind = "mixture" if len(args.dataset) > 1 or args.dataset == ["mixup"] else args.dataset[0]
     size = "large" if clip.config.vision_layers == 24 else "base"
     usual = next(n for n in (kind, f"{size}-{kind}", size) if n in PRESETS)
-    preset = PRESETS[args.preset or usual]
     args.preset = args.preset or usual
+    preset = PRESETS[args.preset]
     if args.without_bridges is None:
         args.without_bridges = preset.without_bridges
-    stages = 1 + (args.groups or HiVGConfig.groups)
-    usual = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
-    for name, values in usual.items():
-        usual_values = [*values, *values[-1:] * stages][:stages]  # G may be another
-        setattr(args, name, getattr(args, name) or usual_values)
-    counted = TEXT_LAYERS.get(data.DATASETS[args.dataset[0]].index, (12,))  # as if of twelve
-    counted = () if kind == "mixture" else counted
-    text_layers = tuple(sorted({math.ceil(i * clip.config.text_layers / 12) for i in counted}))
-    chosen = {flag: getattr(args, flag) for flag in MODEL_FLAGS if getattr(args, flag) is not None}
+    presets = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
+    for (
+        name,
+        values,
+    ) in presets.items():  # one value is for all stages; G may be more or less than 3
+        values = getattr(args, name) or values
+        setattr(args, name, [*values, *values[-1:] * args.groups][: 1 + args.groups])
+    authors_name = data.DATASETS[args.dataset[0]].files.get("index", "").split("/")[0]
+    counted = () if kind == "mixture" else TEXT_LAYERS.get(authors_name, (12,))  # as if of twelve
+    text_layers = tuple(math.ceil(i * clip.config.text_layers / 12) for i in counted)
+    fields = {f: v for f, v in vars(args).items() if hasattr(HiVGConfig, f)}
+    chosen = {field: value for field, value in fields.items() if value is not None}
     config = HiVGConfig(**{"text_layers": text_layers} | preset.model | chosen)
     return HiVG(config, clip, tokenizer).to(device)
 
@@ -405,33 +400,30 @@ def start(args, device, context):
 def run(args):
     """Train or measure, alone or as one of several processes."""
     with joined(args.device) as device:
-        if args.benchmark and processes() > 1:
-            raise HiVGError("--benchmark is for one process: leave torchrun out.")
-        if args.benchmark:
-            benchmark(args, device)
-        else:
-            train_and_evaluate(args, device)
+        (benchmark if args.benchmark else train_and_evaluate)(args, device)
 
 
 def has_room(output, model):
     """Raises HiVGError if a folder's disk has no room for the checkpoints of a model."""
-    whole, trained = (
-        sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad >= least)
-        for least in (False, True)
-    )
-    needed = 3 * whole + 4 * trained  # best.pt, last.pt and the next one, with AdamW's two moments
+    # best.pt, last.pt and the next one, these two with AdamW's two moments of what is trained
+    copies = ((p, 7 if p.requires_grad else 3) for p in model.parameters())
+    needed = sum(count * p.numel() * p.element_size() for p, count in copies)
     if shutil.disk_usage(output).free < needed:
         what = f"{output} has no room for checkpoints, which take up to {needed / 1e9:.1f} GB"
         raise HiVGError(f"{what}: free some, or name another --output.")
 
 
-def resumed(last):
-    """(settings, model, progress, state of the optimizer) of a run, from its last.pt."""
+def resumed(last, args):
+    """(settings, model, progress, state of the optimizer) of a run, from its last.pt. What the
+    settings in it lack is taken from `args`."""
     model, content = load_model(last)
     with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
-        args = argparse.Namespace(**content["settings"] | {"resume": True})
+        now = {"resume": True, "output": str(last.parent)}
+        args = argparse.Namespace(**vars(args) | content["settings"] | now)
         found = args, model, Progress(**content["progress"]), content["optimizer"]
         before = args.processes
+        if args.preset not in PRESETS:
+            raise ValueError(f"there is no preset {args.preset}")
     if before != processes():
         raise HiVGError(f"{last} is of a run of {before} processes: start as many.")
     return found
@@ -482,7 +474,8 @@ def train_stage(model, loader, val_set, args, progress, optimizer_state, context
     settings = dict(betas=PRESETS[args.preset].betas, weight_decay=WEIGHT_DECAY)
     optimizer = torch.optim.AdamW(trained, top, fused=True, **settings)
     if optimizer_state:
-        optimizer.load_state_dict(optimizer_state)
+        with explaining(f"The optimizer in {output / 'last.pt'} is another one's", "start anew"):
+            optimizer.load_state_dict(optimizer_state)
     parallel = model
     if processes() > 1:
         parallel = DistributedDataParallel(model, forward_sync_buffers=False)
@@ -536,7 +529,7 @@ def train_and_evaluate(args, device):
     if args.resume and not last.exists():
         raise HiVGError(f"There is no {last} to resume from: start without --resume.")
     if args.resume:
-        args, model, progress, optimizer_state = resumed(last)
+        args, model, progress, optimizer_state = resumed(last, args)
     elif last.exists():
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     else:
@@ -546,9 +539,11 @@ def train_and_evaluate(args, device):
     with first_process_first():
         splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
         if rank() == 0:
-            clip_model.writable(output)
+            evaluate.writable(output)
             for half in output.glob(".*.part"):  # of an earlier run
                 half.unlink()
+        if not any(args.select in there for there in splits.values()):
+            raise data.nothing_of(args.dataset[0], args.select, args.data_root)
         if not args.resume:
             model = start(args, device, context)
             progress = Progress(stage=-1 if args.without_bridges else 0)
@@ -570,8 +565,8 @@ def train_and_evaluate(args, device):
     loader = data.batches(train_set, [], *usual)
     with gentle_signals():
         while progress.stage < len(args.epochs):
-            how = args, progress, optimizer_state, context
-            progress = train_stage(model, loader, val_set, *how)
+            given = args, progress, optimizer_state, context
+            progress = train_stage(model, loader, val_set, *given)
             model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
             progress = Progress(progress.stage + 1, log=progress.log)
 
@@ -584,6 +579,8 @@ def train_and_evaluate(args, device):
 def benchmark(args, device):
     """Print what a step of stage 3, inference and reading take, on made-up input and with random
     weights."""
+    if processes() > 1:
+        raise HiVGError("--benchmark is for one process: leave torchrun out.")
     bf16 = bf16_pays(device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     context = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
@@ -612,7 +609,7 @@ def benchmark(args, device):
             lists = torch.arange(256).view(-1, 32).tolist()
             loader = data.batches(read(augment=True), lists, workers, device.type == "cuda")
             what = f"reading, {workers} workers" if workers else "reading, one core"
-            rows.append(evaluate.measured(what, lambda: list(loader), 256, device, peak))  # noqa: B023
+            rows.append(evaluate.measured(what, partial(list, loader), 256, device, peak))
     print(f"{name} on {device}, {dtype}; ", end="")
     evaluate.print_benchmark(rows, peak)
 
@@ -648,7 +645,12 @@ def main():
     add("--select", default="val", help="split that chooses the best epoch (default: val)")
     # the model: ablations
     add("--adapters", choices=HiVGConfig.ADAPTERS, help="of the image tower (default: hilora)")
-    add("--groups", type=at_least(1), help="G of HiLoRA, and the number of stages (default: 3)")
+    add(
+        "--groups",
+        type=at_least(1),
+        default=3,
+        help="G of HiLoRA, and the number of stages (default: 3)",
+    )
     add("--rank", type=at_least(1), help="of LoRA (default: 32)")
     add("--targets", nargs="+", help="of LoRA: attn.in_proj attn.out_proj (default) and the like")
     add("--visual-layers", type=at_least(1), nargs="+", help="V, the multi-level features")
@@ -672,13 +674,9 @@ def main():
     if args.workers is None:
         args.workers = min(8, os.cpu_count()) if args.augment else 0
     args.losses = LOSS_WEIGHTS | dict(args.loss or ())
-    stages = 1 + (args.groups or HiVGConfig.groups)
     for name in ("epochs", "lr", "batch_size"):
-        values = getattr(args, name) or ()
-        if len(values) not in (0, 1, stages):
-            what = f"--{name.replace('_', '-')} takes one value or {stages}, not {len(values)}"
-            parser.error(what)
-        setattr(args, name, [*values] * (stages if len(values) == 1 else 1))
+        if len(getattr(args, name) or ()) not in (0, 1, 1 + args.groups):
+            parser.error(f"--{name.replace('_', '-')} takes one value or {1 + args.groups}")
     exit_with(run, args)
 
 

@@ -395,9 +395,22 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps(3)])
+def with_split(value):
+    """A pickle of [{"split": value}], the value in pickle's own operations."""
+    return b"\x80\x02](}(X\x05\x00\x00\x00split" + value + b"ue."
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"not a pickle", pickle.dumps([1, 2]), pickle.dumps(3)),
+        with_split(b")" + b"\x85" * 10**6),  # tuples in one another, deeper than hashing bears
+        with_split(b")" + b"2\x86" * 60),  # of pairs of pairs: 2^60 empty tuples to hash
+        b"\x80\x05\x96" + struct.pack("<Q", 4 << 30) + b"abc.",  # claims to hold 4 GB
+    ],
+)
 def test_a_broken_pickle_is_told(tmp_path, content):
-    """Refs that are no list of dicts are one sentence with the file's name."""
+    """Refs that are no list of dicts are one sentence with the file's name, at once."""
     make_refer(tmp_path, [{}])
     (tmp_path / "refcoco/refs(unc).p").write_bytes(content)
     with pytest.raises(HiVGError, match=r"refs\(unc\).p"):
@@ -539,6 +552,17 @@ def test_mixup_names_the_sort_of_its_pictures(tmp_path):
     assert [s.size for s in dataset.samples] == [(60, 40), None, None]
 
 
+def test_index_entries_are_checked(tmp_path):
+    """A mark that is no data set of mixup's opens no other folder; an expression has to be text."""
+    put_picture(tmp_path, "coco")
+    write_index(tmp_path / "unc/unc_train.pth", [("/etc/" + FILES["coco"], "own", XYWH, "red")])
+    (sample,) = GroundingDataset("refcoco", "train", tmp_path, 64).samples
+    assert sample.image.startswith(str(tmp_path))
+    write_index(tmp_path / "unc/unc_val.pth", [(FILES["coco"], None, XYWH, b"red")])
+    with pytest.raises(HiVGError, match="unc_val.pth, entry 1"):
+        GroundingDataset("refcoco", "val", tmp_path, 64)
+
+
 def test_families_are_looked_for_in_order(tmp_path):
     """Index files count before MDETR's, refer's before both; all may lie one folder below."""
     put_picture(tmp_path, "coco")
@@ -557,7 +581,8 @@ def test_families_are_looked_for_in_order(tmp_path):
         split = "testA" if "testA" in path else "train"
         (sample,) = GroundingDataset("refcoco", split, tmp_path, 64).samples
         assert sample.text == family
-    assert data.available_splits("refcoco", tmp_path) == ["train"]  # that file has no testA
+    # refer's file has no testA, so it hides no other file's
+    assert data.available_splits("refcoco", tmp_path) == ["train", "testA"]
 
 
 def test_flickr_without_index_files_names_them(tmp_path):

@@ -594,6 +594,17 @@ def test_checkpointing_changes_no_gradient(tokenizer):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
 
 
+def test_a_checkpoint_claims_no_more_than_it_holds(tokenizer, tmp_path):
+    """A tensor whose elements all lie in one place makes no room for what it claims."""
+    path = tmp_path / "best.pt"
+    save_checkpoint(path, tiny_model(tokenizer))
+    content = torch.load(path, weights_only=True)
+    content["model"]["positions"] = content["model"]["positions"][:1].expand(10**12, -1)
+    torch.save(content, path)
+    with pytest.raises(HiVGError, match="best.pt.*positions claims more"):
+        load_checkpoint(path)
+
+
 @pytest.mark.slow
 def test_compiling_changes_no_gradient(tokenizer):
     """With torch.compile boxes and gradients stay what they are, in training as in evaluation."""

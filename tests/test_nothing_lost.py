@@ -117,7 +117,11 @@ def test_a_signal_writes_a_checkpoint(monkeypatch, refer_root, clip_file, tmp_pa
     words = augmented(refer_root, clip_file, output)
     words[words.index("--workers") + 1] = 2 if number == signal.SIGTERM else 0
     code, said = hit(tmp_path, "train_step", 6, [number], words, every=math.inf)
-    assert code == 1 and "Traceback" not in said and said.strip().endswith("--resume goes on from here")
+    assert (
+        code == 1
+        and "Traceback" not in said
+        and said.strip().endswith("--resume goes on from here")
+    )
     progress = torch.load(output / "last.pt", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (1, 2)
     line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]

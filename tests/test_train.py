@@ -145,6 +145,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_was_not(
         stop_after(patch, module, name, count)
         code = command(patch, train, *words_of(refer_root, clip_file, output))
     assert "stopped" in code and "\n" not in code
+    output = output.rename(tmp_path / "moved")
     load_checkpoint(output / "last.pt")
     assert log_of(output) == log_of(finished)[: len(log_of(output))] != log_of(finished)
     line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
@@ -578,4 +579,4 @@ def test_a_vocabulary_of_another_size_is_told(monkeypatch, refer_root, tmp_path,
     shutil.copy(vocabulary, tmp_path)
     line = words_of(refer_root, tmp_path / "other.pt", tmp_path / "run")
     code = command(monkeypatch, train, *line)
-    assert "other.pt" in code and "600" in code and "521" in code and "\n" not in code
+    assert "other.pt" in code and "bpe_vocab.txt.gz" in code and "\n" not in code
