@@ -433,6 +433,19 @@ def test_predictions_do_not_depend_on_the_batch_size(tokenizer, refer_root):
     torch.testing.assert_close(evaluate.predict(model, dataset)[0], found, atol=1e-5, rtol=0)
 
 
+def test_benchmark_of_training(monkeypatch, capsys):
+    """A line for a step, for inference and for reading; and the hours that follow for RefCOCO."""
+    monkeypatch.setattr(evaluate, "SECONDS", 0.01)
+    tiny = CLIPConfig(64, 16, 64, 3, text_width=64, text_layers=3, embed_dim=64, vocab_size=514)
+    monkeypatch.setitem(clip_model.SIZES, "tiny", tiny)
+    line = "--benchmark", "--clip", "tiny", "--batch-size", 2, "--device", "cpu"
+    assert command(monkeypatch, train, *line) is None
+    *rows, hours = capsys.readouterr().out.replace(",", "").splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["training", *["inference"] * 2, *["reading"] * 2]
+    speed, hours = float(rows[0].split()[-4]), float(hours.split()[-2])
+    assert hours * 3600 * speed == pytest.approx(120 * 120_624, rel=0.02)
+
+
 # ----------------------------------------------------------------------------------------- bad input
 
 
