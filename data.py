@@ -42,6 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from clip_model import (
@@ -545,7 +546,7 @@ def read_samples(names, split, data_root):
 # ------------------------------------------------------------------------------ samples and batches
 
 
-class GroundingDataset(torch.utils.data.Dataset):
+class GroundingDataset(Dataset):
     """The expressions of one split. Item [i] is a dict:
 
     image    float32 [3, S, S], normalised, 0 in the padding
@@ -644,9 +645,8 @@ def batches(dataset, lists, workers=0, pin_memory=False, ignored=(signal.SIGINT,
     stay; they ignore the signals of `ignored`.
     """
     init = functools.partial(ignore, ignored)
-    usual = dict(num_workers=workers, worker_init_fn=init, persistent_workers=workers > 0)
-    loader = torch.utils.data.DataLoader
-    return loader(dataset, batch_sampler=lists, pin_memory=pin_memory, **usual)
+    how = dict(num_workers=workers, worker_init_fn=init, persistent_workers=workers > 0)
+    return DataLoader(dataset, batch_sampler=lists, pin_memory=pin_memory, **how)
 
 
 def seed_from(*numbers):

@@ -381,11 +381,9 @@ def start(args, device, context):
     preset = PRESETS[args.preset]
     if args.without_bridges is None:
         args.without_bridges = preset.without_bridges
+    # one value is for all stages; G may be more or less than the preset's 3
     presets = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
-    for (
-        name,
-        values,
-    ) in presets.items():  # one value is for all stages; G may be more or less than 3
+    for name, values in presets.items():
         values = getattr(args, name) or values
         setattr(args, name, [*values, *values[-1:] * args.groups][: 1 + args.groups])
     authors_name = data.DATASETS[args.dataset[0]].files.get("index", "").split("/")[0]
@@ -494,8 +492,9 @@ def train_stage(model, loader, val_set, args, progress, optimizer_state, context
             steps = len(order) // args.accumulate
             places = range(epoch * steps, (epoch + 1) * steps)
             rates = [rate(place, epochs * steps, top) for place in places]
-            how = optimizer, rates, progress, args, context, save
-            progress = train_epoch(parallel.train(), loader, order, *how)
+            progress = train_epoch(
+                parallel.train(), loader, order, optimizer, rates, progress, args, context, save
+            )
             means = (round(total / steps, 4) for total in progress.sums)
             line["losses"] = dict(zip(args.losses, means))
             line |= {"train_skipped": progress.skipped} if progress.skipped else {}
@@ -561,19 +560,19 @@ def train_and_evaluate(args, device):
         used = {"settings": vars(args), "model": asdict(config)}
         write_text(output / "config.json", json.dumps(used, indent=2))
 
-    usual = args.workers, device.type == "cuda", (signal.SIGINT, signal.SIGTERM)
-    loader = data.batches(train_set, [], *usual)
+    signals = signal.SIGINT, signal.SIGTERM
+    loader = data.batches(train_set, [], args.workers, device.type == "cuda", signals)
     with gentle_signals():
         while progress.stage < len(args.epochs):
-            given = args, progress, optimizer_state, context
-            progress = train_stage(model, loader, val_set, *given)
+            progress = train_stage(model, loader, val_set, args, progress, optimizer_state, context)
             model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
             progress = Progress(progress.stage + 1, log=progress.log)
 
     model = load_model(best)[0].to(device).merge()
-    how = args.workers, args.skip_bad_images
     for name in args.dataset:
-        evaluate.evaluate_splits(model, best, name, None, args.data_root, output, *how)
+        evaluate.evaluate_splits(
+            model, best, name, None, args.data_root, output, args.workers, args.skip_bad_images
+        )
 
 
 def benchmark(args, device):
