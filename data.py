@@ -1,227 +1,178 @@
-"""What the model is fed: pictures, expressions and boxes; and a small world to learn from.
+"""Data: images, expressions and boxes on their way into the model; and the shapes data set.
 
-    python data.py download --dataset refcoco --data-root data  # what can be had
+    python data.py download --dataset refcoco --data-root data  # fetch what has a public address
     python data.py check --dataset refcoco --data-root data     # is all of it there and readable?
 
-Read it in this order: `load_image` (any picture file as RGB), `Geometry` with `to_square` and
-`to_pixels` (where a photograph lies in the model's square, there and back), `random_geometry` and
-`jitter` (training's augmentation), `DATASETS` with the readers of the files they come in
-(`FAMILIES`) and `read_split` (what becomes of an entry), `GroundingDataset` and `batches`; then the
-shapes data set, which is generated: tables of kinds, colours and words, `expression` (one sentence,
-proven true of exactly one shape), `make_scene` and `generate_shapes`; and last the two commands,
-`check` and `get`, which is download. It knows no model: of clip_model.py it has errors, files and
-the statistics of CLIP's pixels.
+An image is scaled and padded to the square that the model sees; boxes go with it, there and back:
 
-Boxes are x1, y1, x2, y2 in pixels of the picture as stored, except where a docstring says cx, cy,
-w, h: those are shares, 0 to 1, of the padded square.
+    image, box x1 y1 x2 y2 in pixels  --letterbox, box_to_square-->  square, box cx cy w h in 0..1
+    box x1 y1 x2 y2 in pixels         <--------box_to_pixels-------  box of the model
+
+Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
+robust reading of images, the shapes data set (which is generated), check and download. This file
+knows no model: of clip_model.py it takes errors, download and PlainUnpickler.
+
+Boxes are x1, y1, x2, y2 in pixels of the image as stored, except where a docstring says cx, cy, w,
+h: those are 0..1 of the padded square.
 """
 
-import argparse
 import functools
-import gzip
-import io
-import itertools
-import json
 import math
-import multiprocessing
-import os
-import pickle
 import random
-import shutil
-import signal
-import tarfile
-import tempfile
-import zipfile
-from collections import Counter
-from contextlib import contextmanager
-from operator import gt
-from pathlib import Path
-from stat import S_ISLNK
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+# isort: split
+# imports of the sections on annotation files, reading of images, shapes, check and download
+import argparse
+import gc
+import gzip
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import struct
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import ImageDraw
 from tqdm import tqdm
 
-from clip_model import (
-    MEAN,
-    STD,
-    HiVGError,
-    PlainUnpickler,
-    download,
-    exit_with,
-    explaining,
-    read_weights,
-)
+import clip_model
+from clip_model import READING_ERRORS, HiVGError, PlainUnpickler, merge_pair, user_error
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # no EPS, which is a program
-MOST_PIXELS = 178_956_970  # Pillow's own limit; checked here too, as a program may have lifted it
-# of a Pool whose workers leave Ctrl-C to the process that waits for them
-QUIET = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-
-# ----------------------------------------------------------------------------------------- pictures
-
-
-def to_rgb(image):
-    """A PIL image of any mode as RGB: alpha laid over white, 16-bit grey scaled to 8 bits."""
-    if image.mode.startswith("I"):  # I;16 or, from some formats, I: convert("RGB") would clip it
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@contextmanager
-def opened(path, way_out="replace it, or name another"):
-    """A picture file as a PIL image that is not decoded yet.
-
-    Raises HiVGError for a file that is missing, empty, no picture, or too large; and, where it is
-    decoded inside, broken.
-    """
-    with explaining(f"{path} cannot be read as a picture", way_out):
-        if not os.path.getsize(path):
-            raise ValueError("the file is empty")
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MOST_PIXELS:  # the header's claim, nothing decoded yet
-                raise ValueError(f"more than {MOST_PIXELS:,} pixels")
-            yield image
-
-
-def load_image(path, upright=True):
-    """A picture file as a PIL image, RGB; of an animation, the first frame.
-
-    upright: turn it as its EXIF rotation says. Right for a user's own photograph; the data sets'
-    boxes count in the pixels as stored, so their loader passes False.
-    Raises HiVGError for a file that is missing, empty, broken, no picture, or too large.
-    """
-    with opened(path) as image:
-        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
-
-
-# --------------------------------------------------------------------- the photograph in its square
+# ----------------------------------------------------------------------- the image and its square
 
 
 class Geometry(NamedTuple):
-    """Where a photograph lies in the model's square: `region` of it is drawn into `inner`."""
+    """Where an image lies in the model's square: `region` of it is drawn into `inner`."""
 
-    region: tuple  # x1, y1, x2, y2 in the photograph's pixels; for evaluation all of it
+    region: tuple  # x1, y1, x2, y2 in the image's pixels; for evaluation all of it
     inner: tuple  # left, top, width, height in the square, whole pixels; the rest is padding
-    side: int  # of the square, pixels
+    side: int  # S, of the square, in pixels
 
 
 def letterbox(region, side, long_side=None, shares=(0.5, 0.5)):
-    """Scale a region so that its long side has `long_side` pixels, and place it in the square.
+    """The Geometry that scales a region to a long side of `long_side` pixels (None: `side`) and
+    places it in the square.
 
-    The aspect is kept up to whole pixels, the short side is at least one. `shares` says which part
-    of the padding goes to the left and to the top: one half each, for evaluation.
+    The aspect is kept up to whole pixels; the short side has at least one. shares: how much of the
+    padding goes to the left and to the top, one half each for evaluation.
     """
     width, height = region[2] - region[0], region[3] - region[1]
     scale = (long_side or side) / max(width, height)
-    inner = max(1, round(width * scale)), max(1, round(height * scale))
-    left, top = (round((side - size) * share) for size, share in zip(inner, shares))
-    return Geometry(region, (left, top, *inner), side)
+    inner_width, inner_height = max(1, round(width * scale)), max(1, round(height * scale))
+    left = round((side - inner_width) * shares[0])
+    top = round((side - inner_height) * shares[1])
+    return Geometry(region, (left, top, inner_width, inner_height), side)
 
 
-def to_square(box, geometry):
-    """A box x1, y1, x2, y2 in the photograph's pixels -> tensor [4], cx, cy, w, h, 0..1, of the
-    square. What sticks out of the region shown is cut off."""
-    (x1, y1, x2, y2), (left, top, width, height), side = geometry
-    scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)  # they differ: sizes are rounded
-    ax, bx = (left + (min(max(x, x1), x2) - x1) * scale_x for x in (box[0], box[2]))
-    ay, by = (top + (min(max(y, y1), y2) - y1) * scale_y for y in (box[1], box[3]))
-    return torch.tensor(((ax + bx) / 2, (ay + by) / 2, bx - ax, by - ay)) / side
+def box_to_square(box, geometry):
+    """A box x1, y1, x2, y2 in the image's pixels -> tensor [4], cx, cy, w, h, 0..1, of the square.
+    The part outside the region is cut off."""
+    x1, y1, x2, y2 = geometry.region
+    left, top, width, height = geometry.inner
+    region = torch.tensor((x1, y1), dtype=torch.float64)
+    scale = torch.tensor((width / (x2 - x1), height / (y2 - y1)))  # they differ: sizes are rounded
+    corners = torch.tensor(box, dtype=torch.float64).view(2, 2)  # [corner, x or y]
+    corners = corners.clamp(region, torch.tensor((x2, y2)))
+    corners = (corners - region) * scale + torch.tensor((left, top))
+    low, high = corners / geometry.side
+    return torch.cat([(low + high) / 2, high - low]).float()
 
 
-def to_pixels(boxes, geometry):
+def box_to_pixels(boxes, geometry):
     """Tensor [..., 4] of cx, cy, w, h, 0..1, of the square -> [..., 4] of x1, y1, x2, y2 in the
-    photograph's own pixels, clipped to the photograph. The inverse of `to_square`."""
-    (x1, y1, x2, y2), (left, top, width, height), side = geometry
-    centre, half = boxes[..., :2] * side, boxes[..., 2:] * side / 2
-    corners = torch.stack((centre - half, centre + half), -2)  # [..., corner, x or y]
+    image's own pixels, clipped to the image. The inverse of `box_to_square`."""
+    x1, y1, x2, y2 = geometry.region
+    left, top, width, height = geometry.inner
+    region = boxes.new_tensor((x1, y1))
     scale = boxes.new_tensor(((x2 - x1) / width, (y2 - y1) / height))
-    points = (corners - boxes.new_tensor((left, top))) * scale + boxes.new_tensor((x1, y1))
-    points = points.clamp(boxes.new_tensor((x1, y1)), boxes.new_tensor((x2, y2)))
-    return points.flatten(-2)  # [..., 4]
+    centre, size = (boxes * geometry.side).split(2, dim=-1)
+    corners = torch.stack([centre - size / 2, centre + size / 2], dim=-2)  # [..., corner, x or y]
+    corners = (corners - boxes.new_tensor((left, top))) * scale + region
+    return corners.clamp(region, boxes.new_tensor((x2, y2))).flatten(-2)
 
 
-def cut(image, geometry):
-    """The region of a PIL image, resized to `inner`, as PIL image."""
+def crop_and_resize(image, geometry):
+    """The region of a PIL image at the size of `inner`, a PIL image."""
     return image.resize(geometry.inner[2:], Image.BILINEAR, box=geometry.region)
 
 
-def cut_reduced(image, geometry):
-    """The same of a PIL image that is not decoded yet, about as sharp: a JPEG is decoded at a half,
-    a quarter or an eighth of its size, as far as that is no less than the region needs. For
-    training, where speed counts."""
-    (x1, _, x2, _), size = geometry.region, image.size
-    least = [math.ceil(side * geometry.inner[2] / (x2 - x1)) for side in size]
-    draft = image.draft(None, least)  # mode and box of the reduced picture; None if it is no JPEG
-    scale = draft[1][2] / size[0] if draft else 1
-    region = tuple(value * scale for value in geometry.region)
-    return cut(to_rgb(image), geometry._replace(region=region))
-
-
-def as_bytes(image):
-    """PIL image, RGB -> uint8 tensor [3, h, w]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [h, w, 3] -> [3, h, w]
-
-
-@functools.cache
-def channels(shares):
-    """Three numbers in shares of 255 -> tensor [3, 1, 1]."""
-    return torch.tensor(shares).mul(255).view(3, 1, 1)
-
-
-def in_square(pixels, geometry, mean, std):
-    """uint8 tensor [3, h, w] -> the square that the model sees: float32 [3, S, S], normalised, 0 in
-    the padding; and bool [S, S], True where it is padding."""
+def pad_to_square(image, geometry):
+    """A PIL image, RGB, of the size of `inner` -> uint8 [3, S, S], 0 in the padding."""
     left, top, width, height = geometry.inner
-    rows, columns = slice(top, top + height), slice(left, left + width)
-    square = torch.zeros(3, geometry.side, geometry.side)
-    padding = torch.ones(geometry.side, geometry.side, dtype=torch.bool)
-    mean, std = channels(tuple(mean)), channels(tuple(std))  # [3, 1, 1] each
-    square[:, rows, columns].copy_(pixels).sub_(mean).div_(std)
-    padding[rows, columns] = False
-    return square, padding
+    square = np.zeros((geometry.side, geometry.side, 3), np.uint8)
+    square[top : top + height, left : left + width] = image
+    return torch.from_numpy(square).permute(2, 0, 1).contiguous()
 
 
-def prepare(image, image_size, mean=MEAN, std=STD):
-    """A PIL image as evaluation sees it: float32 [3, S, S], padding bool [S, S], Geometry."""
+def preprocess(image, image_size):
+    """A PIL image as evaluation sees it: uint8 [3, S, S], 0 in the padding; and its Geometry."""
     geometry = letterbox((0, 0, *image.size), image_size)
-    return *in_square(as_bytes(cut(to_rgb(image), geometry)), geometry, mean, std), geometry
+    return pad_to_square(crop_and_resize(to_rgb(image), geometry), geometry), geometry
+
+
+def normalise(images, inner, mean, std):
+    """The last step before the model, on its device: images uint8 [B, 3, S, S], inner [B, 4] as in
+    Geometry -> float32 [B, 3, S, S], (x / 255 - mean) / std and 0 in the padding; padding bool
+    [B, S, S], True where a pixel is padding."""
+    left, top, width, height = inner[:, :, None].unbind(dim=1)  # [B, 1] each
+    pixels = torch.arange(images.shape[-1], device=images.device)
+    columns = (left <= pixels) & (pixels < left + width)  # [B, S]
+    rows = (top <= pixels) & (pixels < top + height)
+    padding = ~(rows[:, :, None] & columns[:, None, :])  # [B, S, S]
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
+    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    return ((images / 255 - mean) / std).masked_fill(padding[:, None], 0.0), padding
 
 
 # ------------------------------------------------------------------------------------- augmentation
 
-PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also in leftmost (and in laptop)
+PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also inside leftmost (and laptop)
 
 
 def random_geometry(rng, size, box, text, side):
-    """A random crop, scale and position for training (rng: a random.Random; size: w, h).
+    """A random crop, scale and position for training.
 
-    The crop is that of 384 to 600 pixels a side from a photograph whose short side was made 400,
-    500 or 600: expressed in the photograph's own pixels, so that it is resized once. It keeps the
-    centre of the box, and is left out where a crop could make the expression wrong.
+    rng: a random.Random; size: width, height; side: S. The crop is that of the authors: the short
+    side is scaled to 400, 500 or 600, and 384 to 600 pixels a side are cut out. Here it is computed
+    in the image's own pixels, so that the image is resized only once. It contains the centre of the
+    box. A text with one of PLACE_WORDS gets no crop, which could make it wrong.
     """
     region = (0, 0, *size)
     if rng.random() < 0.5 and not any(word in text for word in PLACE_WORDS):
         scale = rng.choice((400, 500, 600)) / min(size)
-        starts, ends = [], []
-        for length, low, high in zip(size, box[:2], box[2:]):
-            crop = rng.randint(384, min(600, round(length * scale))) / scale
-            centre = min((low + high) / 2, length)  # of an unchecked box, it may lie outside
-            first = max(0, centre - crop)
-            start = rng.uniform(first, max(first, min(length - crop, centre)))
-            starts.append(start)
-            ends.append(float(min(length, start + crop)))
-        region = (*starts, *ends)
-    step = side / 7  # 32 pixels for S = 224, where the long side becomes 224, 192, ..., 64, 56
+        x1, x2 = random_interval(rng, size[0], box[0], box[2], scale)
+        y1, y2 = random_interval(rng, size[1], box[1], box[3], scale)
+        region = (x1, y1, x2, y2)
+    step = side / 7  # 32 pixels for S = 224: the long side is one of 224, 192, ..., 64, 56
     long_side = max(side - step * rng.randrange(7), side / 4)
     return letterbox(region, side, long_side, (rng.random(), rng.random()))
+
+
+def random_interval(rng, length, low, high, scale):
+    """One axis of a crop of 384 to 600 scaled pixels: its start and end in 0..length. It contains
+    the middle of low..high."""
+    crop = rng.randint(384, min(600, round(length * scale))) / scale
+    centre = min((low + high) / 2, length)  # the annotated box may lie outside the image
+    first = max(0, centre - crop)
+    last = max(first, min(length - crop, centre))
+    start = rng.uniform(first, last)
+    return start, float(min(length, start + crop))
 
 
 def jitter(rng, image):
@@ -232,338 +183,34 @@ def jitter(rng, image):
     return image
 
 
-# ----------------------------------------------------------------------------- the data sets' files
-
-COCO = (
-    "python data.py download --dataset NAME fetches what is not there (from web.archive.org and "
-    "images.cocodataset.org); remove a damaged file first"
-)
-LISTS = "the index lists that github.com/linhuixiao/HiVG links to"
-REFERIT = (
-    "ask for the pictures of SAIAPR TC-12 at www.imageclef.org/SIAPRdata and put them into "
-    f"referit/images; take {LISTS}, referit/referit_train.pth and so on: tuples of file, size, box "
-    "x1 y1 x2 y2, phrase"
-)
-FLICKR = (
-    "ask for the pictures with the form at shannon.cs.illinois.edu/DenotationGraph and put them "
-    f"into Flickr30k/flickr30k-images; take {LISTS}, flickr/flickr_train.pth and so on: tuples of file, "
-    "box x1 y1 x2 y2, phrase; Flickr30k Entities' own XML and sentence files are not read"
-)
-MIXUP = (
-    f"take {LISTS}, mixup/mixup_train.pth and so on: tuples of file, size, box x y w h, phrase; "
-    "the pictures are those of refcoco, referit and flickr30k"
-)
-OWN = (
-    "write train.jsonl, val.jsonl and so on into the data root, with lines like "
-    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}'
-)
-SHAPES = "remove the folder shapes there, and the next run generates it anew"
-FOUR = "train val testA testB"
-
-
-class Source(NamedTuple):
-    """A data set: what it consists of, and how its files are named, as far as it comes in them."""
-
-    splits: str
-    counts: tuple  # published numbers of expressions, in the order of the splits, if there are any
-    pictures: str  # their kind, a key of PICTURES
-    origin: str  # where to get it
-    files: dict  # {family: path below the data root, where {} is the split}; the first counts
-    stamp: int = 0  # of the web archive's copy of refer's files
-
-
-# fmt: off
-DATASETS = {
-    "refcoco": Source(FOUR, (120_624, 10_834, 5_657, 5_095), "coco", COCO,
-                      {"refer": "refcoco/refs(unc).p", "index": "unc/unc_{}.pth",
-                       "mdetr": "finetune_refcoco_{}.json"}, 20220413011718),
-    "refcoco+": Source(FOUR, (120_191, 10_758, 5_726, 4_889), "coco", COCO,
-                       {"refer": "refcoco+/refs(unc).p", "index": "unc+/unc+_{}.pth",
-                        "mdetr": "finetune_refcoco+_{}.json"}, 20220413011656),
-    "refcocog": Source("train val test", (80_512, 4_896, 9_602), "coco", COCO,
-                       {"refer": "refcocog/refs(umd).p", "index": "gref_umd/gref_umd_{}.pth",
-                        "mdetr": "finetune_refcocog_{}.json"}, 20220413012904),
-    "refcocog-google": Source("train val", (85_474, 9_536), "coco", COCO,
-                              {"refer": "refcocog/refs(google).p", "index": "gref/gref_{}.pth"},
-                              20220413012904),
-    "referit": Source("train val test", (54_127, 5_842, 60_103), "referit", REFERIT,
-                      {"index": "referit/referit_{}.pth"}),
-    "flickr30k": Source("train val test", (427_193, 14_433, 14_481), "flickr", FLICKR,
-                        {"index": "flickr/flickr_{}.pth"}),
-    "mixup": Source(f"{FOUR} test", (), "coco", MIXUP, {"index": "mixup/mixup_{}.pth"}),
-    "own": Source(f"{FOUR} test", (), "own", OWN, {"own": "{}.jsonl"}),
-    "shapes": Source(FOUR, (), "shapes", SHAPES, {"refer": "shapes/refs(unc).p"}),
-}
-# fmt: on
-PICTURES = {  # where a picture may lie below the data root
-    "coco": (
-        "images/mscoco/images/train2014/{name}",
-        "other/images/mscoco/images/train2014/{name}",
-        "train2014/{name}",
-        "images/train2014/{name}",
-        "train2017/{number}",  # COCO 2017 has the same pictures, named by their number alone
-    ),
-    "referit": ("referit/images/{name}", "other/images/referit/images/{name}", "referit/{name}"),
-    "flickr": (
-        "Flickr30k/flickr30k-images/{name}",
-        "Flickr30k/flickr30k_images/{name}",
-        "flickr30k/flickr30k-images/{name}",
-        "flickr30k-images/{name}",
-    ),
-    "own": ("{name}",),
-    "shapes": ("shapes/images/{name}",),
-}
+# -------------------------------------------------------------------------------- dataset and batches
 
 
 class Sample(NamedTuple):
-    """One expression and the object it is true of."""
+    """One expression and the object that it means."""
 
-    image: str  # the picture's path
+    image: str  # path
     text: str  # lower case
-    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the picture where its size is known
-    size: tuple  # width, height that the annotations say; None where they don't
-
-
-def unpickle(file):
-    """The plain data in an open pickle of Python 3, or 2, whose strings are bytes in latin-1."""
-    return PlainUnpickler(file, encoding="latin-1").load()
-
-
-def refs_by_split(file):
-    """An open refs(...).p -> {split: list of refs, which are dicts}."""
-    splits = {}
-    for ref in unpickle(file):
-        splits.setdefault(ref["split"], []).append(ref)
-    return splits
-
-
-def index_list(file):
-    """The list in an open index file: a pickle, torch's older format, or torch's zip."""
-    try:
-        content = unpickle(file)
-        if content == torch.serialization.MAGIC_NUMBER:  # then: version, machine, the list
-            *_, content = (unpickle(file) for _ in range(3))
-        return content
-    except pickle.UnpicklingError:  # a zip, or there are tensors in it
-        return read_weights(file.name)
-
-
-def corners(box):
-    """x, y, width, height -> x1, y1, x2, y2."""
-    x, y, w, h = map(float, box)
-    return x, y, x + w, y + h
-
-
-def size_of(picture):
-    return int(picture["width"]), int(picture["height"])
-
-
-# Readers of the families give a split's entries in turn: (its name for reports or None, kind of
-# picture, picture's file, its size or None, box as x1 y1 x2 y2, list of expressions).
-
-
-def refer_entries(split, kind, refs, instances):
-    boxes = {note["id"]: note["bbox"] for note in instances["annotations"]}
-    pictures = {picture["id"]: picture for picture in instances["images"]}
-    for ref in refs.get(split, ()):
-        picture, box = pictures[ref["image_id"]], corners(boxes[ref["ann_id"]])
-        texts = [sentence["sent"] for sentence in ref["sentences"]]
-        file, size = picture["file_name"], size_of(picture)  # ref["file_name"] is no picture's
-        yield f"ref_id {ref['ref_id']}", kind, file, size, box, texts
-
-
-def index_entries(split, kind, entries):
-    for entry in entries:
-        file, *size, box, text = entry[:4]  # Flickr's have no size
-        size = size[0] if size else None
-        of = size if size in ("coco", "referit", "flickr") else kind  # mixup's mark
-        size = size_of(size) if isinstance(size, dict) else None  # a pair may be w, h or h, w
-        yield None, of, file, size, corners(box) if kind == "coco" else box, [text]
-
-
-def mdetr_entries(split, kind, content):
-    boxes = {note["image_id"]: note["bbox"] for note in content["annotations"]}
-    for picture in content["images"]:
-        file, size, box = picture["file_name"], size_of(picture), corners(boxes[picture["id"]])
-        yield None, kind, file, size, box, [picture["caption"]]
-
-
-def own_entries(split, kind, lines):
-    for entry in map(json.loads, lines):
-        if os.path.isabs(entry["image"]) or ".." in entry["image"].split("/"):
-            raise ValueError(f"{entry['image']} is not below the data root")
-        yield None, kind, entry["image"], None, entry["box"], [entry["text"]]
-
-
-FAMILIES = {
-    "refer": (refs_by_split, refer_entries),
-    "index": (index_list, index_entries),
-    "mdetr": (json.load, mdetr_entries),
-    "own": (lambda file: file.read().rstrip().splitlines(), own_entries),
-}
-
-
-@functools.lru_cache(maxsize=2)  # refer's two files, which all splits are read from
-def parsed(path, read, changed):
-    with open(path, "rb") as file:
-        return read(file)
-
-
-def read_file(path, read, origin):
-    """read(open file). Any failure is a HiVGError: what the matter is and where to get it."""
-    with explaining(f"{path} cannot be read", origin):
-        return parsed(path, read, os.stat(path).st_mtime_ns)
-
-
-def split_files(name, data_root):
-    """{split: (family, path)} of a data set, as far as they are there, in the data root or (but for
-    own data) one folder below. The shapes data set is generated if it is not there."""
-    if name not in DATASETS:
-        raise HiVGError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
-    source, found, folder = DATASETS[name], {}, os.path.join(data_root, "shapes")
-    if name == "shapes" and not os.path.exists(folder):
-        with explaining(f"{folder} cannot be made", "name another --data-root"):
-            generate_shapes(folder)
-    for split, family in itertools.product(source.splits.split(), source.files):
-        path = source.files[family].format(split)
-        for place in (path,) if family == "own" else (path, f"*/{path}"):
-            for file in map(str, sorted(Path(data_root).glob(place))):
-                # refer's one file may lack a split that another family's files have
-                if family != "refer" or split in read_file(file, refs_by_split, source.origin):
-                    found.setdefault(split, (family, file))
-    return found
-
-
-def nothing_of(name, split, data_root, report=()):
-    """The error that says what was looked for, where, and where to get it."""
-    source = DATASETS[name]
-    files = " or ".join(source.files.values()).replace("{}", split)
-    what = f"{data_root} has no expressions of {name}, split {split!r} (of {source.splits})"
-    where = "there" if name == "own" else "there and one folder below"
-    found, way_out = "; ".join(report) or f"looked for {files}, {where}", source.origin
-    if split_files(name, data_root):
-        found += f"; it has {', '.join(available_splits(name, data_root))}"
-    if split not in source.splits.split():
-        way_out = "choose one of its splits"
-    return HiVGError(f"{what}; {found}: {way_out}.")
-
-
-def available_splits(name, data_root):
-    """The splits of a data set that its files really hold, in the table's order."""
-    files = split_files(name, data_root)
-    if not files:
-        raise nothing_of(name, "train", data_root)
-    return list(files)
-
-
-def find_picture(data_root, kind, file):
-    """The path of a picture: the first of its places where it is, or else the first."""
-    name = os.path.normpath(file) if kind == "own" else os.path.basename(file)
-    fields = {"name": name, "number": name[-16:]}
-    places = [os.path.join(data_root, place.format(**fields)) for place in PICTURES[kind]]
-    return next(filter(os.path.isfile, places), places[0])
-
-
-EMPTY, CLIPPED = "empty expressions left out", "boxes clipped to their picture"
-
-
-def read_split(name, split, data_root):
-    """What the files hold of one split: a list of Sample, whose pictures need not be there; how
-    many expressions there were before any was left out; and a Counter of what was left out or
-    changed. All of it is empty where there is no file.
-
-    Raises HiVGError with one sentence for unknown names and for files that are broken.
-    """
-    samples, found, notes = [], 0, Counter()
-    family, path = split_files(name, data_root).get(split, (None, None))
-    if family is None:
-        return samples, found, notes
-    source, (read, entries_of) = DATASETS[name], FAMILIES[family]
-    contents = [read_file(path, read, source.origin)]
-    if family == "refer":
-        beside = os.path.join(os.path.dirname(path), "instances.json")
-        contents.append(read_file(beside, json.load, source.origin))
-    entries = entries_of(split, source.pictures, *contents)
-    find = functools.cache(functools.partial(find_picture, data_root))
-    for number in itertools.count(1):
-        place = f"{'line' if family == 'own' else 'entry'} {number}"
-        with explaining(f"{path}, {place}, cannot be used", source.origin):
-            entry = next(entries, None)
-            if entry is None:
-                return samples, found, notes
-            title, kind, file, size, box, texts = entry
-            x1, y1, x2, y2 = map(float, box)  # fractions are kept (D12)
-            width, height = size or (math.inf, math.inf)
-            box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-            texts, image = [str.strip(text).lower() for text in texts], find(kind, file)
-            found += len(texts)
-            if not math.isfinite(x1 + y1 + x2 + y2) or box[0] >= box[2] or box[1] >= box[3]:
-                notes[f"box without area left out, {title or place}"] += 1
-                continue
-            notes[EMPTY] += texts.count("")
-            notes[CLIPPED] += box != (x1, y1, x2, y2)
-            samples += [Sample(image, text, box, size) for text in texts if text]
-
-
-def missing_pictures(samples):
-    """The paths of their pictures that are not there."""
-    return sorted(itertools.filterfalse(os.path.isfile, {sample.image for sample in samples}))
-
-
-def read_samples(names, split, data_root):
-    """The samples of one split of several data sets, one after the other, and a report: sentences
-    on what was left out. Of train that is also what another of the sets has in its val or tests.
-
-    Several sets need not have a test split all of them. Raises HiVGError where nothing is left, or
-    a picture is missing.
-    """
-    readings = {name: read_split(name, split, data_root) for name in names}
-    tested, samples, report = {}, [], []  # tested: the pictures of each set's other splits
-    for name in names if split == "train" and len(names) > 1 else ():
-        _, *others = DATASETS[name].splits.split()
-        held = {other: read_split(name, other, data_root)[0] for other in others}
-        tested[name] = {sample.image for samples in held.values() for sample in samples}
-        absent = [other for other, samples in held.items() if not samples]
-        report += [f"{name} {other} is not there to be kept out of training" for other in absent]
-    for name, (own, _, notes) in readings.items():
-        elsewhere = set().union(*(tested[other] for other in tested if other != name))
-        kept = [sample for sample in own if sample.image not in elsewhere]
-        if missing := missing_pictures(kept):
-            what = f"{len(missing)} pictures of {name} are missing, {missing[0]} among them"
-            where = "data.py: PICTURES has all the places looked at"
-            raise HiVGError(f"{what} ({where}): {DATASETS[name].origin}.")
-        notes["expressions left out, as another set tests on their pictures"] = len(own) - len(kept)
-        of = f"{name}: " if len(names) > 1 else ""
-        report += [f"{of}{number:,} {note}" for note, number in notes.items() if number]
-        if not kept and (split == "train" or not split_files(name, data_root)):
-            raise nothing_of(name, split, data_root, report)
-        samples += kept
-    if not samples:
-        raise nothing_of(names[0], split, data_root, report)
-    return samples, report
-
-
-# ------------------------------------------------------------------------------ samples and batches
+    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the image where its size is known
+    size: tuple | None  # width, height as annotated, if they are
 
 
 class GroundingDataset(Dataset):
     """The expressions of one split. Item [i] is a dict:
 
-    image    float32 [3, S, S], normalised, 0 in the padding
-    padding  bool [S, S], True where a pixel is padding
-    text     str
-    box      float32 [4]: cx, cy, w, h, 0..1, of the padded square
-    object   int64: a number, the same for all expressions of one object (picture and box)
-    read     bool: False where another sample stands in, as this picture cannot be read (skip_bad)
+    image   uint8 [3, S, S], 0 in the padding: `normalise` makes the model's input from it
+    inner   int64 [4]: left, top, width, height of the image in the square
+    tokens  int64 [77], only if there is a tokenizer
+    text    str
+    box     float32 [4]: cx, cy, w, h, 0..1, of the padded square
+    object  int64: a number, the same for all expressions of one object (image and box)
 
-    name: a data set, or a list of them, whose samples follow one another. What of a train split has
-    its picture in another set's val or tests is then left out.
-
-    augment: training's random crop, scale, colours and position, else evaluation's letterbox. What
-    is drawn for an item follows from the numbers of `set_epoch` and the index alone, not from the
-    worker or from what was read before. cache keeps the resized pictures in memory (without augment
-    only): for small data sets. skip_bad: instead of a sample whose picture cannot be read, take the
-    next one. `report` says what was left out of the files.
+    name: a data set, or a list of several, whose samples follow one another. Of several, training
+    expressions are left out if their image is in a val or test split of another of them.
+    augment: training's random crop, scale, colours and position. They follow from `set_epoch` and
+    the index alone. cache: keep the resized images in memory (small data sets, without augment).
+    annotations: {name: what read_annotations gives}, so that the files are read only once.
+    `report` says what was left out. Raises HiVGError for missing or damaged files.
     """
 
     def __init__(
@@ -572,117 +219,685 @@ class GroundingDataset(Dataset):
         split,
         data_root,
         image_size=224,
+        tokenizer=None,
         augment=False,
         cache=False,
-        skip_bad=False,
-        mean=MEAN,
-        std=STD,
+        annotations=None,
     ):
-        self.split, names = split, [name] if isinstance(name, str) else name
-        self.samples, self.report = read_samples(names, split, data_root)
-        numbers = {}
-        self.objects = [numbers.setdefault((s.image, s.box), len(numbers)) for s in self.samples]
-        self.image_size, self.augment, self.mean, self.std = image_size, augment, mean, std
-        self.cache = {} if cache and not augment else None  # path -> uint8 [3, h, w], Geometry
-        self.skip_bad = skip_bad
-        self.numbers = torch.zeros(3, dtype=torch.long).share_memory_()  # workers see changes
+        names = [name] if isinstance(name, str) else name
+        if annotations is None:
+            # training on several data sets needs to know the images of their other splits
+            splits = None if split == "train" and len(names) > 1 else (split,)
+            annotations = {n: read_annotations(n, data_root, splits) for n in names}
+        self.samples, self.report = select_samples(names, split, data_root, annotations)
+        self.split, self.image_size, self.tokenizer = split, image_size, tokenizer
+        self.augment, self.cache = augment, {} if cache else None
+        self.epoch = ()
 
     def __len__(self):
         return len(self.samples)
 
-    def set_epoch(self, seed, stage, epoch):
-        """Before each epoch and its first item: what its augmentation follows from."""
-        self.numbers.copy_(torch.tensor((seed, stage, epoch)))
-
-    def read(self, sample, index):
-        """The sample's picture, cut and resized, uint8 [3, h, w]; and its Geometry."""
-        if self.cache is not None and sample.image in self.cache:
-            return self.cache[sample.image]
-        with opened(sample.image, "replace it, or give --skip-bad-images") as image:
-            if sample.size not in (None, image.size):
-                what = "it has {} x {} pixels, its annotations are for {} x {}"
-                raise ValueError(what.format(*image.size, *sample.size))
-            if self.augment:
-                rng = random.Random(f"{self.numbers.tolist()} {index}")
-                like = sample.box, sample.text, self.image_size
-                geometry = random_geometry(rng, image.size, *like)
-                image = cut_reduced(image, geometry)
-                return as_bytes(jitter(rng, image) if rng.random() < 0.8 else image), geometry
-            geometry = letterbox((0, 0, *image.size), self.image_size)
-            pixels = as_bytes(cut(to_rgb(image), geometry))
-        if self.cache is not None:
-            self.cache[sample.image] = pixels, geometry
-        return pixels, geometry
+    def set_epoch(self, *numbers):
+        """The seed of the next epoch's augmentation: any numbers."""
+        self.epoch = numbers
 
     def __getitem__(self, index):
-        asked = index = range(len(self.samples))[index]
-        while True:
-            sample = self.samples[index]
-            try:
-                pixels, geometry = self.read(sample, index)
-                break
-            except HiVGError:
-                index = (index + 1) % len(self.samples)
-                if not self.skip_bad or index == asked:  # or there is none that can be read
-                    raise
-        image, padding = in_square(pixels, geometry, self.mean, self.std)
-        box, number = to_square(sample.box, geometry), torch.tensor(self.objects[index])
-        item = {"image": image, "padding": padding, "text": sample.text}
-        return {**item, "box": box, "object": number, "read": index == asked}
+        sample = self.samples[index]
+        image, geometry = self.read_image(sample, index)
+        item = {
+            "image": image,
+            "inner": torch.tensor(geometry.inner),
+            "text": sample.text,
+            "box": box_to_square(sample.box, geometry),
+            "object": zlib.crc32(repr((sample.image, sample.box)).encode()),
+        }
+        if self.tokenizer is not None:
+            item["tokens"] = self.tokenizer(sample.text)[0]
+        return item
+
+    def read_image(self, sample, index):
+        """The sample's image as uint8 [3, S, S], and its Geometry."""
+        if self.cache is not None and sample.image in self.cache:
+            return self.cache[sample.image]
+        with open_image(sample.image) as image:
+            if sample.size not in (None, image.size):
+                raise HiVGError(f"{size_mismatch(sample, image.size)}: replace it.")
+            if self.augment:
+                rng = random.Random(f"{self.epoch} {index}")
+                box, text = sample.box, sample.text
+                geometry = random_geometry(rng, image.size, box, text, self.image_size)
+                image = decode_region(sample.image, image, geometry)
+                if rng.random() < 0.8:
+                    image = jitter(rng, image)
+                return pad_to_square(image, geometry), geometry
+            with reading(sample.image):
+                square, geometry = preprocess(image, self.image_size)
+        if self.cache is not None:
+            self.cache[sample.image] = square, geometry
+        return square, geometry
+
+    def __getitems__(self, indices):
+        """The items of a batch, or the HiVGError that one of them raised. DataLoader calls this:
+        an error that is raised in a worker would arrive with the worker's traceback as its text."""
+        try:
+            return [self[index] for index in indices]
+        except HiVGError as error:
+            return error
 
 
-def ignore(signals, worker):
-    """A loader's worker is not ended by these: they may reach all processes, and are for the one
-    that waits for it."""
-    for number in signals:
-        signal.signal(number, signal.SIG_IGN)
+def size_mismatch(sample, size):
+    """The words for an image of another size than its annotations are for."""
+    what = "{} has {} x {} pixels, but its annotations are for {} x {}"
+    return what.format(sample.image, *size, *sample.size)
 
 
-def batches(dataset, lists, workers=0, pin_memory=False, ignored=(signal.SIGINT,)):
-    """A DataLoader of batches, dicts as the items are: tensors [B, ...] and a list of str.
-
-    `lists` has the indices of each batch, and may be changed between two passes, while the workers
-    stay; they ignore the signals of `ignored`.
-    """
-    init = functools.partial(ignore, ignored)
-    how = dict(num_workers=workers, worker_init_fn=init, persistent_workers=workers > 0)
-    return DataLoader(dataset, batch_sampler=lists, pin_memory=pin_memory, **how)
-
-
-def seed_from(*numbers):
-    """A seed that follows from whole numbers; for as many others, below 2^32, it is another."""
-    return int(np.random.default_rng(numbers).integers(2**62))
+def collate(items):
+    """Items -> batch: the same dict with tensors [B, ...]; texts are a list."""
+    if isinstance(items, HiVGError):
+        return items
+    batch = default_collate(items)
+    if "tokens" in batch:
+        batch["tokens"] = trim_to_longest(batch["tokens"])
+    return batch
 
 
-def shuffled(numbers, samples, size, parts=1):
-    """The batches of an epoch, LongTensor [batches, parts, size] of indices, in an order that
-    follows from `numbers`.
-
-    A batch of `size` for each of the parts (processes): together they see what one would see in
-    larger batches. What is left over at the end waits for another epoch.
-    """
-    generator = torch.Generator().manual_seed(seed_from(*numbers))
-    order = torch.randperm(samples, generator=generator)
-    return order[: samples // (size * parts) * size * parts].view(-1, parts, size)
-
-
-def cut_to_longest(tokens, multiple=4):
-    """Tokens [B, 77] -> [B, T]: T is the length of the longest text, rounded up to a multiple (few
-    different lengths: CPU kernels are built anew for each). The end token is a row's largest id."""
+def trim_to_longest(tokens, multiple=4):
+    """Tokens [B, 77] -> [B, T]: T is the length of the longest text, rounded up to a multiple (a
+    CPU builds its kernels anew for each new T). The end token is a row's largest id."""
     longest = int(tokens.argmax(dim=1).max()) + 1
     return tokens[:, : math.ceil(longest / multiple) * multiple]
 
 
-# ------------------------------------------------------------------------------ the shapes data set
+def read_batches(dataset, batches, workers=0, pin_memory=False):
+    """Yield the batches of a dataset. batches: a list of lists of indices; workers: processes that
+    read ahead. Raises HiVGError for an image that cannot be read."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        if isinstance(batch, HiVGError):
+            raise batch
+        yield batch
 
-SIDE = 80  # pixels of a picture; it is drawn at twice that and reduced
-CLEAR, GAP = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
-EVERYTHING = ("relation", "place", "attributes")
-SPLITS = {  # scenes, numbers of shapes in one, expressions sought in one, their categories in turn
-    "val": (240, (3, 4, 5), 6, EVERYTHING),
-    "testA": (120, (3, 4, 5), 6, ("attributes", "place")),
-    "testB": (150, (3, 4, 5), 6, ("relation",)),
-    "train": (26_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, EVERYTHING),
+
+def epoch_batches(numbers, samples, batch_size, multiple=1):
+    """The batches of an epoch: LongTensor [batches, batch_size] of indices, shuffled by a seed that
+    follows from `numbers`. There are a multiple of `multiple` batches; the samples left over are
+    not used in this epoch."""
+    generator = torch.Generator().manual_seed(mix_seed(*numbers))
+    order = torch.randperm(samples, generator=generator)
+    count = samples // (batch_size * multiple) * multiple
+    return order[: count * batch_size].view(count, batch_size)
+
+
+def mix_seed(*numbers):
+    """A seed that follows from whole numbers below 2^32; different numbers, different seeds."""
+    return int(np.random.default_rng(numbers).integers(2**62))
+
+
+def default_workers():
+    """Reading processes for this process: the CPUs that it may use, shared by the processes that
+    torchrun started on this machine; 8 at most."""
+    cpus = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cpus = len(os.sched_getaffinity(0))
+    return min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class PackedSamples:
+    """A list of Samples, pickled into one array. Workers share its memory; a list of Python objects
+    would be copied into each of them, since reading an object writes its reference count.
+    """
+
+    def __init__(self, samples=()):
+        pickled = [pickle.dumps(tuple(sample), protocol=4) for sample in samples]
+        self.ends = np.cumsum([len(content) for content in pickled], dtype=np.int64)
+        self.content = np.frombuffer(b"".join(pickled), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.ends)
+
+    def __getitem__(self, index):
+        index = range(len(self.ends))[index]  # negative ones count from the end
+        start = self.ends[index - 1] if index else 0
+        return Sample(*pickle.loads(self.content[start : self.ends[index]]))
+
+
+# ----------------------------------------------------------------------------------- annotation files
+
+COCO_HELP = (
+    "python data.py download --dataset NAME fetches what is missing (from web.archive.org and "
+    "images.cocodataset.org); delete a damaged file first"
+)
+INDEX_HELP = "the index lists that github.com/linhuixiao/HiVG links to"
+REFERIT_HELP = (
+    "ask for the images of SAIAPR TC-12 at www.imageclef.org/SIAPRdata and put them into "
+    f"referit/images; take {INDEX_HELP}, referit/referit_train.pth and so on: tuples of file, "
+    "size, box x1 y1 x2 y2, phrase"
+)
+FLICKR_HELP = (
+    "ask for the images with the form at shannon.cs.illinois.edu/DenotationGraph and put them into "
+    f"Flickr30k/flickr30k-images; take {INDEX_HELP}, flickr/flickr_train.pth and so on: tuples of "
+    "file, box x1 y1 x2 y2, phrase; Flickr30k Entities' own XML and sentence files are not read"
+)
+OWN_HELP = (
+    "write train.jsonl, val.jsonl and so on into the data root, with lines like "
+    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}'
+)
+SHAPES_HELP = "delete the folder shapes there, and the next run generates it again"
+
+
+class DatasetInfo(NamedTuple):
+    """Where the files of a data set are and what is in them."""
+
+    splits: tuple
+    published: tuple  # numbers of expressions, in the order of the splits; () where there are none
+    images: str  # a key of IMAGE_PLACES
+    help: str  # where to get it
+    files: dict  # {family: path below the data root, where {} is the split}; the first counts
+    web_archive: int = 0  # time stamp of the web archive's copy of refer's files
+
+
+REFCOCO_SPLITS = ("train", "val", "testA", "testB")
+DATASETS = {
+    "refcoco": DatasetInfo(
+        splits=REFCOCO_SPLITS,
+        published=(120_624, 10_834, 5_657, 5_095),
+        images="coco",
+        help=COCO_HELP,
+        files={
+            "refer": "refcoco/refs(unc).p",
+            "index": "unc/unc_{}.pth",
+            "mdetr": "finetune_refcoco_{}.json",
+        },
+        web_archive=20220413011718,
+    ),
+    "refcoco+": DatasetInfo(
+        splits=REFCOCO_SPLITS,
+        published=(120_191, 10_758, 5_726, 4_889),
+        images="coco",
+        help=COCO_HELP,
+        files={
+            "refer": "refcoco+/refs(unc).p",
+            "index": "unc+/unc+_{}.pth",
+            "mdetr": "finetune_refcoco+_{}.json",
+        },
+        web_archive=20220413011656,
+    ),
+    "refcocog": DatasetInfo(
+        splits=("train", "val", "test"),
+        published=(80_512, 4_896, 9_602),
+        images="coco",
+        help=COCO_HELP,
+        files={
+            "refer": "refcocog/refs(umd).p",
+            "index": "gref_umd/gref_umd_{}.pth",
+            "mdetr": "finetune_refcocog_{}.json",
+        },
+        web_archive=20220413012904,
+    ),
+    "refcocog-google": DatasetInfo(
+        splits=("train", "val"),
+        published=(85_474, 9_536),
+        images="coco",
+        help=COCO_HELP,
+        files={"refer": "refcocog/refs(google).p", "index": "gref/gref_{}.pth"},
+        web_archive=20220413012904,
+    ),
+    "referit": DatasetInfo(
+        splits=("train", "val", "test"),
+        published=(54_127, 5_842, 60_103),
+        images="referit",
+        help=REFERIT_HELP,
+        files={"index": "referit/referit_{}.pth"},
+    ),
+    "flickr30k": DatasetInfo(
+        splits=("train", "val", "test"),
+        published=(427_193, 14_433, 14_481),
+        images="flickr",
+        help=FLICKR_HELP,
+        files={"index": "flickr/flickr_{}.pth"},
+    ),
+    "own": DatasetInfo(
+        splits=(*REFCOCO_SPLITS, "test"),
+        published=(),
+        images="own",
+        help=OWN_HELP,
+        files={"own": "{}.jsonl"},
+    ),
+    "shapes": DatasetInfo(
+        splits=REFCOCO_SPLITS,
+        published=(),
+        images="shapes",
+        help=SHAPES_HELP,
+        files={"refer": "shapes/refs(unc).p"},
+    ),
+}
+IMAGE_PLACES = {  # where an image may be below the data root
+    "coco": (
+        "images/mscoco/images/train2014/{name}",
+        "other/images/mscoco/images/train2014/{name}",
+        "train2014/{name}",
+        "images/train2014/{name}",
+        "train2017/{number}",  # COCO 2017 has the same images, named by their number alone
+    ),
+    "referit": ("referit/images/{name}", "other/images/referit/images/{name}", "referit/{name}"),
+    "flickr": (
+        "Flickr30k/flickr30k-images/{name}",
+        "Flickr30k/flickr30k_images/{name}",
+        "flickr30k/flickr30k-images/{name}",
+        "flickr30k-images/{name}",
+    ),
+    "own": ("{path}",),
+    "shapes": ("shapes/images/{name}",),
+}
+
+
+class Entry(NamedTuple):
+    """One object with its expressions, as the files have it."""
+
+    image: str  # file name
+    size: tuple | None  # width, height
+    box: tuple  # x1, y1, x2, y2
+    texts: list
+    title: str | None = None  # its name in reports
+
+
+# The families of files. Each function yields (split, the split's records); a record becomes an
+# Entry by the function beside it. `paths` is {split: path}.
+
+
+def read_refer(paths):
+    """lichengunc/refer: refs(...).p, a pickle of Python 2 or 3, and instances.json beside it, in
+    COCO's layout. One pair of files has all splits."""
+    path = Path(next(iter(paths.values())))
+    with open(path, "rb") as file:
+        refs = PlainUnpickler(file, encoding="latin-1").load()
+    with open(path.with_name("instances.json"), encoding="utf-8") as file:
+        instances = json.load(file, object_hook=without_polygons)
+    boxes = {annotation["id"]: annotation["bbox"] for annotation in instances["annotations"]}
+    images = {image["id"]: image for image in instances["images"]}
+    for split in paths:
+        yield split, ((r, images, boxes) for r in refs if r["split"] == split)
+
+
+def without_polygons(value):
+    """An object of a JSON file without its segmentation, most of the file, which nobody needs."""
+    value.pop("segmentation", None)
+    return value
+
+
+def refer_entry(record):
+    ref, images, boxes = record
+    image = images[ref["image_id"]]  # ref["file_name"] is not an image's name
+    return Entry(
+        image=image["file_name"],
+        size=(int(image["width"]), int(image["height"])),
+        box=xywh_to_xyxy(boxes[ref["ann_id"]]),
+        texts=[sentence["sent"] for sentence in ref["sentences"]],
+        title=f"ref_id {ref['ref_id']}",
+    )
+
+
+def read_index(paths):
+    """TransVG, CLIP-VG, HiVG: a list of tuples, written by torch.save or as a plain pickle."""
+    for split, path in paths.items():
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                yield split, PlainUnpickler(io.BytesIO(archive.read(name))).load()
+        else:
+            with open(path, "rb") as file:
+                records = PlainUnpickler(file, encoding="latin-1").load()
+                if records == torch.serialization.MAGIC_NUMBER:  # torch's older format
+                    PlainUnpickler(file).load()  # its version
+                    PlainUnpickler(file).load()  # the machine
+                    records = PlainUnpickler(file, encoding="latin-1").load()
+            yield split, records
+
+
+def index_entry(record, box_is_xywh):
+    if len(record) == 3:  # Flickr30k
+        image, box, text = record
+        size = None
+    else:
+        image, size, box, text = record[:4]
+    if isinstance(size, dict):
+        size = (int(size["width"]), int(size["height"]))
+    else:
+        size = None  # of a pair nobody knows which is the width
+    return Entry(image, size, xywh_to_xyxy(box) if box_is_xywh else box, [text])
+
+
+def read_mdetr(paths):
+    """MDETR: COCO's layout with an image and an annotation for each expression."""
+    for split, path in paths.items():
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file, object_hook=without_polygons)
+        boxes = {
+            annotation["image_id"]: annotation["bbox"] for annotation in content["annotations"]
+        }
+        yield split, ((image, boxes) for image in content["images"])
+
+
+def mdetr_entry(record):
+    image, boxes = record
+    size = (int(image["width"]), int(image["height"]))
+    return Entry(image["file_name"], size, xywh_to_xyxy(boxes[image["id"]]), [image["caption"]])
+
+
+def read_own(paths):
+    """One's own data: a JSON object on each line."""
+    for split, path in paths.items():
+        yield split, Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+
+
+def own_entry(record):
+    record = json.loads(record)
+    path = record["image"]
+    if os.path.isabs(path) or ".." in path.split("/"):
+        raise ValueError(f"{path} is not below the data root")
+    return Entry(path, None, record["box"], [record["text"]])
+
+
+FAMILIES = {
+    "refer": (read_refer, refer_entry),
+    "index": (read_index, index_entry),
+    "mdetr": (read_mdetr, mdetr_entry),
+    "own": (read_own, own_entry),
+}
+
+
+def xywh_to_xyxy(box):
+    """x, y, width, height -> x1, y1, x2, y2."""
+    x, y, width, height = map(float, box)
+    return x, y, x + width, y + height
+
+
+def dataset_info(name):
+    if name not in DATASETS:
+        raise HiVGError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    return DATASETS[name]
+
+
+def find_files(name, data_root):
+    """(family, {split: path}) of a data set, from the first family whose files are in the data root
+    or (but for own data) one folder below; (None, {}) if there are none."""
+    info = dataset_info(name)
+    for family, pattern in info.files.items():
+        paths = {}
+        for split in info.splits:
+            places = [pattern.format(split)]
+            if family != "own":
+                places.append("*/" + places[0])
+            for place in places:
+                for path in sorted(Path(data_root).glob(place)):
+                    paths.setdefault(split, str(path))
+        if paths:
+            return family, paths
+    return None, {}
+
+
+def check_files(name, data_root):
+    """What find_files gives. Raises HiVGError if there are no annotation files of a data set."""
+    family, paths = find_files(name, data_root)
+    if family is None:
+        raise no_expressions_error(name, "train", data_root)
+    return family, paths
+
+
+EMPTY_NOTE, CLIPPED_NOTE = "empty expressions left out", "boxes clipped to their image"
+
+
+class Split(NamedTuple):
+    """What the files have of one split."""
+
+    samples: PackedSamples  # of Sample
+    expressions: int  # in the files, before any was left out
+    notes: Counter  # what was left out or changed, and how often
+    missing: list  # paths of images that are not there
+
+
+def read_annotations(name, data_root, splits=None):
+    """{split: Split} of a data set: the splits that its files have, or those of `splits` that they
+    have. Every file is read once.
+
+    Raises HiVGError for unknown names, and for files that are missing or damaged.
+    """
+    info = dataset_info(name)
+    family, paths = check_files(name, data_root)
+    if splits is not None:
+        paths = {split: path for split, path in paths.items() if split in splits}
+    result = {}
+    if not paths:
+        return result
+    read, to_entry = FAMILIES[family]
+    if family == "index":  # their boxes are x, y, width, height for COCO's images alone
+        to_entry = functools.partial(index_entry, box_is_xywh=info.images == "coco")
+    listing = functools.cache(list_folder)
+    where = " or ".join(sorted(set(paths.values())))
+    gc.disable()  # it would look through millions of new objects again and again
+    try:
+        with user_error(f"{where} cannot be read", info.help):
+            for split, records in read(paths):
+                split_data = read_split(records, to_entry, paths[split], info, data_root, listing)
+                if split_data.expressions:
+                    result[split] = split_data
+    finally:
+        gc.enable()
+    return result
+
+
+def read_split(records, to_entry, path, info, data_root, listing):
+    """A Split from the records of one split."""
+    samples, missing, notes = [], set(), Counter()
+    expressions = number = 0
+    try:
+        for number, record in enumerate(records, start=1):
+            entry = to_entry(record)
+            texts = [text.strip().lower() for text in entry.texts]
+            expressions += len(texts)
+            x1, y1, x2, y2 = map(float, entry.box)  # fractions are kept (D12)
+            width, height = entry.size or (math.inf, math.inf)
+            box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
+            if not math.isfinite(x1 + y1 + x2 + y2) or box[0] >= box[2] or box[1] >= box[3]:
+                notes[f"box without area left out, {entry.title or f'entry {number}'}"] += 1
+                continue
+            notes[CLIPPED_NOTE] += box != (x1, y1, x2, y2)
+            notes[EMPTY_NOTE] += texts.count("")
+            image, is_there = find_image(entry.image, info.images, data_root, listing)
+            if not is_there:
+                missing.add(image)
+            for text in texts:
+                if text:
+                    samples.append(Sample(image, text, box, entry.size))
+    except READING_ERRORS as error:
+        what = f"{path}, entry {number}, cannot be used ({type(error).__name__}: {error})"
+        raise HiVGError(f"{what}: {info.help}.") from error
+    return Split(PackedSamples(samples), expressions, notes, sorted(missing))
+
+
+def find_image(file, kind, data_root, listing):
+    """(path, whether it is there) of an image: the first of its places where it is, else the first.
+
+    listing: folder -> names in it. One look at a folder of 80,000 images is far quicker than a look
+    at each of them, above all on a network's file system.
+    """
+    name = os.path.basename(file)
+    fields = {"name": name, "number": name[-16:], "path": os.path.normpath(file)}
+    first = None
+    for place in IMAGE_PLACES[kind]:
+        path = os.path.join(data_root, place.format(**fields))
+        folder, name = os.path.split(path)
+        if name in listing(folder):
+            return path, True
+        first = first or path
+    return first, False
+
+
+def list_folder(folder):
+    """The names in a folder; none if there is no such folder."""
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+
+def select_samples(names, split, data_root, annotations):
+    """(PackedSamples of the samples of one split of several data sets, report of what was left out).
+
+    Several data sets: training samples whose image is in a val or test split of another set are
+    left out, and a data set without this split is skipped if others have it. Raises HiVGError if
+    nothing is left or an image is missing.
+    """
+    selected, report = [], []
+    for name in names:
+        others = [other for other in names if other != name]
+        split_data = annotations[name].get(split)
+        if split_data is None:
+            if split == "train" or len(names) == 1:
+                raise no_expressions_error(name, split, data_root, annotations[name])
+            continue
+        samples, notes = split_data.samples, Counter(split_data.notes)
+        if split == "train" and others:
+            held_out = held_out_images(others, annotations)
+            kept = [sample for sample in samples if sample.image not in held_out]
+            note = "expressions left out, since another set tests on their images"
+            notes[note] = len(samples) - len(kept)
+            samples = kept
+        prefix = f"{name}: " if others else ""
+        report += [f"{prefix}{count:,} {note}" for note, count in notes.items() if count]
+        missing = set(split_data.missing) & {sample.image for sample in samples}
+        if missing:
+            what = f"{len(missing)} images of {name} are missing, {min(missing)} among them"
+            where = "the places that were looked at: IMAGE_PLACES in data.py"
+            raise HiVGError(f"{what} ({where}): {DATASETS[name].help}.")
+        if not len(samples):
+            raise no_expressions_error(name, split, data_root, annotations[name], report)
+        selected.append(samples)
+    if split == "train" and len(names) > 1:
+        for name in names:
+            for other in DATASETS[name].splits:
+                if other not in annotations[name]:
+                    report.append(f"{name} {other} is not there, so its images are not left out")
+    if not selected:
+        raise no_expressions_error(names[0], split, data_root, annotations[names[0]])
+    if len(selected) == 1:
+        return selected[0], report
+    return PackedSamples(itertools.chain(*selected)), report
+
+
+def held_out_images(names, annotations):
+    """The images of all val and test splits of these data sets."""
+    images = set()
+    for name in names:
+        for split, split_data in annotations[name].items():
+            if split != "train":
+                images.update(sample.image for sample in split_data.samples)
+    return images
+
+
+def no_expressions_error(name, split, data_root, available=(), report=()):
+    """The HiVGError that says what was looked for, where, and where to get it. available: splits
+    that are there."""
+    info = DATASETS[name]
+    what = f"{data_root} has no expressions of {name}, split {split!r}"
+    if split not in info.splits:
+        return HiVGError(f"{what}: choose one of {', '.join(info.splits)}.")
+    files = " or ".join(info.files.values()).replace("{}", split)
+    where = "there" if name == "own" else "there and one folder below"
+    details = [f"looked for {files}, {where}", *report]
+    if available:
+        details.append(f"it has {', '.join(available)}")
+    return HiVGError(f"{what} ({'; '.join(details)}): {info.help}.")
+
+
+# ----------------------------------------------------------------------------------- reading images
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS, a program, is left out
+IMAGE_ERRORS = (*READING_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
+
+
+def load_image(path, upright=True):
+    """An image file as a PIL image, RGB; of an animation, the first frame.
+
+    upright: turn it as its EXIF orientation says. That is right for a user's own photograph; the
+    boxes of the data sets count in pixels as stored, so their images are read without it.
+    Raises HiVGError for a file that is missing, empty, damaged, not an image, or too large.
+    """
+    with open_image(path) as image, reading(path):
+        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+
+
+def reading(path):
+    """The context in which an image file is read: its errors become HiVGErrors."""
+    hint = "replace it, or name another; python data.py check lists all unreadable images"
+    return user_error(f"{path} cannot be read as an image", hint, IMAGE_ERRORS)
+
+
+def open_image(path):
+    """A PIL image, which is not decoded yet."""
+    with reading(path):
+        return Image.open(path, formats=FORMATS)
+
+
+def to_rgb(image):
+    """A PIL image of any mode as RGB: alpha is laid over white, numbers of 16 or 32 bits and floats
+    are scaled to 8 bits by the smallest usual range that holds them."""
+    if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        ranges = [white for white in (1, 255, 4095, 65535) if values.max() <= white]
+        white = ranges[0] if ranges else values.max()
+        image = Image.fromarray((255 * values / white).clip(0, 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def decode_region(path, image, geometry):
+    """`crop_and_resize` of a PIL image that is not decoded yet, for training, where speed counts: a
+    JPEG is decoded at a half, a quarter or an eighth of its size, if the region needs no more."""
+    x1, _, x2, _ = geometry.region
+    scale = geometry.inner[2] / (x2 - x1)
+    width, height = image.size
+    with reading(path):
+        draft = image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+        reduction = draft[1][2] / width if draft else 1  # draft: (mode, box of the reduced image)
+        region = tuple(value * reduction for value in geometry.region)
+        return crop_and_resize(to_rgb(image), geometry._replace(region=region))
+
+
+# ------------------------------------------------------------------------------- the shapes data set
+
+# A small world in RefCOCO's own files: scenes of drawn shapes with expressions that mean one of
+# them, so that the whole method can be trained with nothing downloaded. For example
+#
+#     scene        a big red circle on the left, a small blue square and a big red square right of it
+#     expressions  "the red circle"  "right most red thing"  "large one left of the small box"
+#     caption      "a big red circle on the left and a blue square"    (to train CLIP on)
+#
+# Every expression is proven to be true of exactly one shape, by a clear margin: see `holds`.
+
+SIDE = 80  # pixels of an image; it is drawn at twice that and reduced
+MIN_DEGREE, MIN_LEAD = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
+ALL_SORTS = ("relation", "place", "attributes")
+
+
+class ShapesSplit(NamedTuple):
+    scenes: int
+    shapes: tuple  # how many a scene may have
+    expressions: int  # that are sought for a scene
+    sorts: tuple  # of expressions, in turn
+
+
+SHAPES_SPLITS = {  # train is last: of scenes that look alike only those of the first split are kept
+    "val": ShapesSplit(240, (3, 4, 5), 6, ALL_SORTS),
+    "testA": ShapesSplit(120, (3, 4, 5), 6, ("attributes", "place")),
+    "testB": ShapesSplit(150, (3, 4, 5), 6, ("relation",)),
+    "train": ShapesSplit(26_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, ALL_SORTS),
 }
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
@@ -701,55 +916,67 @@ COLOURS = {
     "green": (48, 158, 62), "blue": (42, 92, 216), "pink": (250, 152, 196), "black": (38, 38, 42),
 }
 SIZES = {"small": (0.26, 0.36), "big": (0.43, 0.60)}  # of the side
-WORDS = {  # how people call it, the usual way twice; every other word stands for itself
+SYNONYMS = {  # the common word is listed twice, so that it is drawn more often
     None: "one|thing|shape|object", "small": "small|small|little|tiny", "big": "big|big|large",
     "circle": "circle|circle|disc|round thing",
     "square": "square|square|box", "diamond": "diamond|diamond|rhombus",
     "cross": "cross|cross|plus sign",
 }
-
-
-def beside(along, across):
-    """How far something lies to one side: clearly so only where it is not as far to another."""
-    return along if along <= 0 else max(0.01, along - 0.6 * abs(across))
-
-
-# Templates; how much it is so for a shape at x, y (right and down, in shares of the side, from the
-# picture's centre, for relations from the other shape's); and whether that is a superlative.
-PLACES = (
-    ("left most {}|leftmost {}|{} furthest to the left", lambda x, y: -x, True),
-    ("right most {}|rightmost {}|{} furthest to the right", lambda x, y: x, True),
-    ("top most {}|highest {}|uppermost {}", lambda x, y: -y, True),
-    ("bottom most {}|lowest {}|{} furthest down", lambda x, y: y, True),
-    ("left {}|{} on the left|{} on left side", lambda x, y: -x, False),
-    ("right {}|{} on the right|{} on right side", lambda x, y: x, False),
-    ("top {}|upper {}|{} at the top", lambda x, y: -y, False),
-    ("bottom {}|lower {}|{} at the bottom", lambda x, y: y, False),
-    ("top left {}|{} in the top left corner|{} upper left", lambda x, y: min(-x, -y), False),
-    ("top right {}|{} in the top right corner|{} upper right", lambda x, y: min(x, -y), False),
-    ("bottom left {}|{} in the bottom left corner|{} lower left", lambda x, y: min(-x, y), False),
-    ("bottom right {}|{} in the bottom right corner|{} lower right", lambda x, y: min(x, y), False),
-    ("middle {}|center {}|{} in the middle", lambda x, y: 0.25 - max(abs(x), abs(y)), False),
-)
-RELATIONS = (
-    ("{} left of {}|{} to the left of {}", lambda x, y: beside(-x, y), False),
-    ("{} right of {}|{} to the right of {}", lambda x, y: beside(x, y), False),
-    ("{} above {}|{} over {}", lambda x, y: beside(-y, x), False),
-    ("{} below {}|{} under {}|{} beneath {}", lambda x, y: beside(y, x), False),
-    ("{} closest to {}|{} nearest to {}|{} next to {}", lambda x, y: -math.hypot(x, y), True),
-    ("{} farthest from {}|{} furthest away from {}", lambda x, y: math.hypot(x, y), True),
-)
 # fmt: on
 
 
+class Wording(NamedTuple):
+    """A place or a relation: its templates, and how true it is of a shape at x, y.
+
+    x points right and y down, in shares of the side; of a place they count from the middle of the
+    image, of a relation from the other shape.
+    """
+
+    templates: str
+    degree: Callable  # (x, y) -> float
+    superlative: bool = False  # true of the one with the highest degree
+
+
+def one_sided(along, across):
+    """How far something lies to one side: positive only if that clearly exceeds the offset across."""
+    return along if along <= 0 else max(0.01, along - 0.6 * abs(across))
+
+
+PLACES = (
+    Wording("left most {}|leftmost {}|{} furthest to the left", lambda x, y: -x, True),
+    Wording("right most {}|rightmost {}|{} furthest to the right", lambda x, y: x, True),
+    Wording("top most {}|highest {}|uppermost {}", lambda x, y: -y, True),
+    Wording("bottom most {}|lowest {}|{} furthest down", lambda x, y: y, True),
+    Wording("left {}|{} on the left|{} on left side", lambda x, y: -x),
+    Wording("right {}|{} on the right|{} on right side", lambda x, y: x),
+    Wording("top {}|upper {}|{} at the top", lambda x, y: -y),
+    Wording("bottom {}|lower {}|{} at the bottom", lambda x, y: y),
+    Wording("top left {}|{} in the top left corner|{} upper left", lambda x, y: min(-x, -y)),
+    Wording("top right {}|{} in the top right corner|{} upper right", lambda x, y: min(x, -y)),
+    Wording("bottom left {}|{} in the bottom left corner|{} lower left", lambda x, y: min(-x, y)),
+    Wording("bottom right {}|{} in the bottom right corner|{} lower right", lambda x, y: min(x, y)),
+    Wording("middle {}|center {}|{} in the middle", lambda x, y: 0.25 - max(abs(x), abs(y))),
+)
+RELATIONS = (
+    Wording("{} left of {}|{} to the left of {}", lambda x, y: one_sided(-x, y)),
+    Wording("{} right of {}|{} to the right of {}", lambda x, y: one_sided(x, y)),
+    Wording("{} above {}|{} over {}", lambda x, y: one_sided(-y, x)),
+    Wording("{} below {}|{} under {}|{} beneath {}", lambda x, y: one_sided(y, x)),
+    Wording(
+        "{} closest to {}|{} nearest to {}|{} next to {}", lambda x, y: -math.hypot(x, y), True
+    ),
+    Wording("{} farthest from {}|{} furthest away from {}", lambda x, y: math.hypot(x, y), True),
+)
+
+
 class Shape(NamedTuple):
-    """One shape of a scene; its first three fields are what a description may say of it."""
+    """One shape of a scene. A description is a tuple of the first three, None for what is unsaid."""
 
     size: str
     colour: str
     kind: str
     box: tuple  # x1, y1, x2, y2 in half pixels, whole numbers: the same on every machine
-    x: float  # of the box's centre, from the picture's, in shares of the side
+    x: float  # of the box's centre, from the middle of the image, in shares of the side
     y: float
 
 
@@ -759,94 +986,120 @@ def overlap(a, b):
     return width * height if width > 0 and height > 0 else 0
 
 
-def arrange(rng, count):
-    """`count` shapes, in drawing order, of few kinds and colours, none hidden by over a quarter.
-
-    All but the star fill half of their box, so an eighth of it may lie under later shapes' boxes.
-    """
-    kinds, colours = rng.sample(list(KINDS), 2), rng.sample(list(COLOURS), rng.choice((2, 3)))
-    shapes, room, tries = [], [], 0  # room: the area of each shape that may still be hidden
+def random_shapes(rng, count):
+    """`count` shapes, in drawing order, of few kinds and colours. None is hidden by more than a
+    quarter: all but the star fill half of their box, so an eighth of the box may be covered."""
+    kinds = rng.sample(list(KINDS), 2)
+    colours = rng.sample(list(COLOURS), rng.choice((2, 3)))
+    shapes, hidable = [], []  # hidable: the area of each shape that may still be covered
+    tries = 0
     while len(shapes) < count:
-        if tries % (15 * count) == 0:  # a scene that does not come out is begun again
-            shapes, room = [], []
+        if tries % (15 * count) == 0:  # this scene does not work out: begin again
+            shapes, hidable = [], []
         tries += 1
         size = rng.choice(("small", "big", "big"))
         colour, kind = rng.choice(colours), rng.choice(kinds)
         side = 2 * SIDE * rng.uniform(*SIZES[size])
-        w, h = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
-        x, y = rng.randint(2, 2 * SIDE - 2 - w), rng.randint(2, 2 * SIDE - 2 - h)
-        box = (x, y, x + w, y + h)
-        if all(overlap(box, shape.box) <= area for shape, area in zip(shapes, room)):
-            room = [area - overlap(box, shape.box) for shape, area in zip(shapes, room)]
-            room.append(w * h / (12 if kind == "star" else 8))
-            centre = ((2 * x + w) / 4 / SIDE - 0.5, (2 * y + h) / 4 / SIDE - 0.5)
-            shapes.append(Shape(size, colour, kind, box, *centre))
+        width, height = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
+        x, y = rng.randint(2, 2 * SIDE - 2 - width), rng.randint(2, 2 * SIDE - 2 - height)
+        box = (x, y, x + width, y + height)
+        covered = [overlap(box, shape.box) for shape in shapes]
+        if all(area <= most for area, most in zip(covered, hidable)):
+            hidable = [most - area for area, most in zip(covered, hidable)]
+            hidable.append(width * height / (12 if kind == "star" else 8))
+            centre_x, centre_y = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
+            shapes.append(Shape(size, colour, kind, box, centre_x, centre_y))
     return shapes
 
 
-def describe(rng, shape):
-    """What to say of a shape: size, colour, kind; None for what stays unsaid."""
-    return tuple(word if rng.random() < p else None for p, word in zip((0.4, 0.6, 0.75), shape))
+def random_description(rng, shape):
+    """What to say of a shape: (size, colour, kind), None for what is left out."""
+    size = shape.size if rng.random() < 0.4 else None
+    colour = shape.colour if rng.random() < 0.6 else None
+    kind = shape.kind if rng.random() < 0.75 else None
+    return size, colour, kind
 
 
 def matching(shapes, description):
     """The shapes of which a description is true."""
-    return [s for s in shapes if all(said in (None, is_) for said, is_ in zip(description, s))]
+    size, colour, kind = description
+    return [
+        shape
+        for shape in shapes
+        if size in (None, shape.size)
+        and colour in (None, shape.colour)
+        and kind in (None, shape.kind)
+    ]
 
 
-def phrase(rng, description):
+def random_phrase(rng, description):
     """A description in words: "little red disc", "red one"."""
-    words = [word for word in description[:2] if word] + [description[2]]
-    return " ".join(rng.choice(WORDS.get(word, word).split("|")) for word in words)
+    size, colour, kind = description
+    words = [word for word in (size, colour) if word] + [kind]
+    return " ".join(rng.choice(SYNONYMS.get(word, word).split("|")) for word in words)
 
 
 def holds(degree, superlative, target, others):
-    """Whether something is true of the target and of no other, with a clear margin: CLEAR between
-    yes and no, or a lead of GAP over the next one. degree: function of a Shape."""
+    """Whether something is true of the target alone, with a clear margin.
+
+    degree: function of a Shape. A superlative needs a lead of MIN_LEAD over the next shape; other
+    words a degree of MIN_DEGREE, with 0 at most for all others.
+    """
+    degrees = [degree(other) for other in others]
     if superlative:
-        return bool(others) and degree(target) - max(map(degree, others)) >= GAP
-    return degree(target) >= CLEAR and all(degree(other) <= 0 for other in others)
+        return bool(others) and degree(target) - max(degrees) >= MIN_LEAD
+    return degree(target) >= MIN_DEGREE and all(value <= 0 for value in degrees)
 
 
-def expression(rng, shapes, category):
-    """One try at an expression: (text, number of the shape it is true of), or None where it is not
-    proven to be true of that one alone. As people do, it may say more than one needs."""
+def try_expression(rng, shapes, sort):
+    """One try at an expression: (text, index of the shape that it means), or None if it is not
+    proven to mean that one alone. As people do, it may say more than is needed."""
     target = rng.choice(shapes)
-    said, ways, names = describe(rng, target), "{}", ()
+    said = random_description(rng, target)
     rivals = [shape for shape in matching(shapes, said) if shape is not target]
-    if category == "attributes":
+    descriptions = [said]
+    if sort == "attributes":
+        templates = "{}"
         proven = any(said) and not rivals
-    elif category == "place":
-        ways, degree, superlative = rng.choice(PLACES)
+    elif sort == "place":
+        templates, degree, superlative = rng.choice(PLACES)
         proven = holds(lambda s: degree(s.x, s.y), superlative, target, rivals)
     else:
-        ways, degree, superlative = rng.choice(RELATIONS)
+        templates, degree, superlative = rng.choice(RELATIONS)
         other = rng.choice(shapes)
-        names = (describe(rng, other),)  # has to say by itself which one is meant
-        if other is target or matching(shapes, names[0]) != [other]:
-            return None
+        said_of_other = random_description(rng, other)
+        if other is target or matching(shapes, said_of_other) != [other]:
+            return None  # it must be clear by itself which other shape is meant
+        descriptions.append(said_of_other)
         rivals = [shape for shape in rivals if shape is not other]
         proven = holds(lambda s: degree(s.x - other.x, s.y - other.y), superlative, target, rivals)
     if not proven:
         return None
-    words = [phrase(rng, said), *("the " + phrase(rng, name) for name in names)]
-    text = rng.choice(("", "", "the ")) + rng.choice(ways.split("|")).format(*words)
+    phrases = [random_phrase(rng, description) for description in descriptions]
+    phrases[1:] = ["the " + phrase for phrase in phrases[1:]]
+    article = rng.choice(("", "", "the "))
+    text = article + rng.choice(templates.split("|")).format(*phrases)
     return text, shapes.index(target)
 
 
-def caption(rng, shapes):
-    """What is in a scene: two or three of the shapes, or all, mostly with where they are."""
+def random_caption(rng, shapes):
+    """What is in a scene: two or three of the shapes, or all, mostly with their places."""
     parts = []
     for shape in rng.sample(shapes, min(rng.choice((2, 3, 5)), len(shapes))):
-        name = phrase(rng, (rng.choice((shape.size, None)), shape.colour, shape.kind))
-        true = [ways for ways, degree, most in PLACES[4:] if degree(shape.x, shape.y) >= CLEAR]
-        where = [way for ways in true for way in ways.split("|") if way.startswith("{}")]
-        way = rng.choice(where) if where and rng.random() < 0.75 else "{}"
-        parts.append(way.format(("an " if name[0] in "aeiou" else "a ") + name))
+        phrase = random_phrase(rng, (rng.choice((shape.size, None)), shape.colour, shape.kind))
+        places = []  # templates of what is true of it: "{} on the left"
+        for place in PLACES[4:]:  # without superlatives
+            if place.degree(shape.x, shape.y) >= MIN_DEGREE:
+                places += [t for t in place.templates.split("|") if t.startswith("{}")]
+        template = "{}"
+        if places and rng.random() < 0.75:
+            template = rng.choice(places)
+        article = "an " if phrase[0] in "aeiou" else "a "
+        parts.append(template.format(article + phrase))
     return rng.choice((" and ", ", ")).join(parts)
 
 
-def draw(rng, shapes):
+def render_jpeg(rng, shapes):
     """The scene as JPEG bytes: shapes with thin dark outlines on a light, shaded background."""
     slope = np.linspace(-1, 1, 2 * SIDE)
     shade = rng.uniform(-14, 14) * slope[:, None] + rng.uniform(-14, 14) * slope  # [2 S, 2 S]
@@ -857,90 +1110,131 @@ def draw(rng, shapes):
         scale_x, scale_y = (x2 - x1 - 1) / 100, (y2 - y1 - 1) / 100
         points = [(x1 + x * scale_x, y1 + y * scale_y) for x, y in KINDS[shape.kind]]
         fill = tuple(round(max(0, c - rng.uniform(0, 28))) for c in COLOURS[shape.colour])
-        ImageDraw.Draw(image).polygon(points, fill, tuple(value // 3 for value in fill), 2)
+        outline = tuple(value // 3 for value in fill)
+        ImageDraw.Draw(image).polygon(points, fill, outline, width=2)
     noise = np.frombuffer(rng.randbytes(3 * SIDE**2), np.uint8).reshape(SIDE, SIDE, 3) / 16 - 8
     pixels = (np.asarray(image.reduce(2)) + noise).clip(0, 255).astype(np.uint8)
-    Image.fromarray(pixels).save(file := io.BytesIO(), "JPEG", quality=90)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def make_scene(job):
-    """(split, number) -> shapes, {text: number of the shape}, captions, JPEG bytes."""
-    rng = random.Random("{} {}".format(*job))
-    _, counts, wanted, categories = SPLITS[job[0]]
-    shapes, texts = arrange(rng, rng.choice(counts)), {}
-    for category in itertools.islice(itertools.cycle(categories), wanted):
-        tries = (expression(rng, shapes, category) for _ in range(100))
-        found = (pair for pair in tries if pair and pair[0] not in texts)
-        texts.update(itertools.islice(found, 1))
-    captions = [caption(rng, shapes) for _ in range(4)] if job[0] == "train" else []
-    return shapes, texts, captions, draw(rng, shapes)
-
-
-def learn_merges(words):
-    """Byte-pair encoding: the commonest pair of neighbouring pieces becomes one, until each word is
-    one. Returns the lines of a merges file."""
-    merges, words = [], [" " + "  ".join(word) + "</w> " for word in words]  # " r  e  d</w> "
-    while pairs := Counter(pair for word in words for pair in itertools.pairwise(word.split())):
-        first, second = max(sorted(pairs), key=pairs.get)
-        merges.append(f"{first} {second}")
-        words = [word.replace(f" {first}  {second} ", f" {first}{second} ") for word in words]
-    return merges
-
-
-def annotate(texts, shapes, picture, split, annotations, refs):
-    """Add a scene's shapes and expressions to the annotations and refs, as RefCOCO has them: a box
-    for each shape, a ref for each that is spoken of."""
-    for number, shape in enumerate(shapes):
-        ids = {"image_id": picture["id"], "category_id": list(KINDS).index(shape.kind) + 1}
-        x1, y1, x2, y2 = (value / 2 for value in shape.box)  # half pixels -> pixels
-        note = {"id": len(annotations) + 1, **ids, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-        note["segmentation"] = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-        annotations.append({**note, "area": (x2 - x1) * (y2 - y1), "iscrowd": 0})
-        own = [text for text, of in texts.items() if of == number]
-        if own:
-            ref = {"ref_id": len(refs) + 1, "ann_id": note["id"], **ids, "split": split}
-            ref["file_name"] = picture["file_name"].replace(".jpg", f"_{note['id']}.jpg")
-            ref["sent_ids"] = [10 * note["id"] + place for place in range(len(own))]
-            texts_of = ({"sent": text, "raw": text, "tokens": text.split()} for text in own)
-            ref["sentences"] = [{"sent_id": i, **t} for i, t in zip(ref["sent_ids"], texts_of)]
-            refs.append(ref)
+    """(split, number) -> shapes, {text: index of its shape}, captions, JPEG bytes."""
+    split, number = job
+    rng = random.Random(f"{split} {number}")
+    wanted = SHAPES_SPLITS[split]
+    shapes = random_shapes(rng, rng.choice(wanted.shapes))
+    texts = {}
+    for turn in range(wanted.expressions):
+        sort = wanted.sorts[turn % len(wanted.sorts)]
+        for _ in range(100):
+            expression = try_expression(rng, shapes, sort)
+            if expression and expression[0] not in texts:
+                text, index = expression
+                texts[text] = index
+                break
+    captions = []
+    if split == "train":
+        captions = [random_caption(rng, shapes) for _ in range(4)]
+    return shapes, texts, captions, render_jpeg(rng, shapes)
 
 
 def generate_shapes(folder):
-    """Write the shapes data set into a folder that is not there yet: instances.json, refs(unc).p
-    and images/ in RefCOCO's layout; captions.json, {file name: captions} of the train scenes; and
-    bpe_vocab.txt.gz, a vocabulary in the format of CLIP's. A folder is complete or not there: it is
-    made under another name and renamed at the end.
+    """Write the shapes data set into a folder that does not exist yet, in RefCOCO's layout:
+    instances.json, refs(unc).p and images/; besides captions.json, {file name: captions} of the
+    train scenes, and bpe_vocab.txt.gz, a vocabulary in the format of CLIP's.
+
+    The folder is complete or not there: it is made under another name and renamed at the end.
     """
-    half = Path(f"{Path(folder)}.unfinished")
-    shutil.rmtree(half, ignore_errors=True)
-    (half / "images").mkdir(parents=True)
-    pictures, annotations, refs, captions, words, split_of = [], [], [], {}, set(), {}
-    jobs = [(split, number) for split in SPLITS for number in range(SPLITS[split][0])]
-    with multiprocessing.Pool(**QUIET) as pool:
+    unfinished = Path(f"{Path(folder)}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "images").mkdir(parents=True)
+    images, annotations, refs, captions, words = [], [], [], {}, set()
+    split_of = {}  # a coarse look of a scene -> its split
+    jobs = [(s, number) for s, wanted in SHAPES_SPLITS.items() for number in range(wanted.scenes)]
+    with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
         scenes = pool.imap(make_scene, jobs, chunksize=50)
-        for (split, _), scene in zip(tqdm(jobs, "making shapes", unit="scene"), scenes):
-            shapes, texts, told, jpeg = scene
-            look = frozenset((*s[:3], round(8 * s.x), round(8 * s.y)) for s in shapes)
+        bar = tqdm(jobs, "generating shapes", unit="scene")
+        for (split, _), (shapes, texts, scene_captions, jpeg) in zip(bar, scenes):
+            look = frozenset(
+                (*shape[:3], round(8 * shape.x), round(8 * shape.y)) for shape in shapes
+            )
             if split_of.setdefault(look, split) != split:
-                continue  # much the same scene is in another split already
-            picture = {"id": len(pictures) + 1, "width": SIDE, "height": SIDE}
-            picture["file_name"] = name = f"shapes_{picture['id']:06d}.jpg"
-            pictures.append(picture)
-            (half / "images" / name).write_bytes(jpeg)
-            if told:
-                captions[name] = told
-            words.update(" ".join([*texts, *told]).replace(",", "").split())
-            annotate(texts, shapes, picture, split, annotations, refs)
-    categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, 1)]
-    instances = {"images": pictures, "annotations": annotations, "categories": categories}
-    merges = ["# version: shapes", *learn_merges(sorted(words))]
-    (half / "instances.json").write_text(json.dumps(instances))
-    (half / "captions.json").write_text(json.dumps(captions))
-    (half / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    (half / "bpe_vocab.txt.gz").write_bytes(gzip.compress("\n".join(merges).encode(), mtime=0))
-    half.replace(folder)
+                continue  # much the same scene is in another split
+            image_id = len(images) + 1
+            name = f"shapes_{image_id:06d}.jpg"
+            images.append({"id": image_id, "file_name": name, "width": SIDE, "height": SIDE})
+            (unfinished / "images" / name).write_bytes(jpeg)
+            if scene_captions:
+                captions[name] = scene_captions
+            words.update(" ".join([*texts, *scene_captions]).replace(",", "").split())
+            add_annotations(shapes, texts, images[-1], split, annotations, refs)
+    categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, start=1)]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    merges = "\n".join(["# version: shapes", *train_bpe(sorted(words))])
+    (unfinished / "instances.json").write_text(json.dumps(instances))
+    (unfinished / "captions.json").write_text(json.dumps(captions))
+    (unfinished / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (unfinished / "bpe_vocab.txt.gz").write_bytes(gzip.compress(merges.encode(), mtime=0))
+    unfinished.replace(folder)
+
+
+def add_annotations(shapes, texts, image, split, annotations, refs):
+    """Add a scene to the annotations and refs, as RefCOCO has them: an annotation for each shape,
+    a ref for each shape that has expressions."""
+    for index, shape in enumerate(shapes):
+        ids = {"image_id": image["id"], "category_id": list(KINDS).index(shape.kind) + 1}
+        x1, y1, x2, y2 = (value / 2 for value in shape.box)  # half pixels -> pixels
+        annotation = {
+            "id": len(annotations) + 1,
+            **ids,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "segmentation": [[x1, y1, x2, y1, x2, y2, x1, y2]],
+            "area": (x2 - x1) * (y2 - y1),
+            "iscrowd": 0,
+        }
+        annotations.append(annotation)
+        sentences = []
+        for text, meant in texts.items():
+            if meant == index:
+                sent_id = 10 * annotation["id"] + len(sentences)
+                sentence = {"sent_id": sent_id, "sent": text, "raw": text, "tokens": text.split()}
+                sentences.append(sentence)
+        if sentences:
+            ref = {"ref_id": len(refs) + 1, "ann_id": annotation["id"], **ids, "split": split}
+            ref["file_name"] = image["file_name"].replace(".jpg", f"_{annotation['id']}.jpg")
+            ref["sent_ids"] = [sentence["sent_id"] for sentence in sentences]
+            ref["sentences"] = sentences
+            refs.append(ref)
+
+
+def train_bpe(words):
+    """Byte-pair encoding (Sennrich et al. 2016): the commonest pair of neighbouring symbols becomes
+    one symbol, again and again, until every word is one. Returns the lines of a merges file."""
+    merges = []
+    words = [[*word[:-1], word[-1] + "</w>"] for word in words]  # ["r", "e", "d</w>"]
+    while True:
+        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
+        if not pairs:
+            return merges
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(" ".join(best))
+        words = [merge_pair(word, best) for word in words]
+
+
+def ignore_ctrl_c():
+    """For the workers of a Pool: their parent handles Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_shapes(data_root):
+    """Generate the shapes data set below the data root if it is not there. Returns its folder."""
+    folder = Path(data_root, "shapes")
+    if not folder.exists():
+        with user_error(f"{folder} cannot be written", "name another --data-root", (OSError,)):
+            generate_shapes(folder)
+    return folder
 
 
 # ------------------------------------------------------------------------------- check and download
@@ -950,115 +1244,128 @@ ZENODO = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
 TRAIN2014 = "http://images.cocodataset.org/zips/train2014.zip"
 
 
-def picture_size(path):
-    """(width, height) of a picture, read to its end; None if it cannot be."""
+def check_dataset(name, data_root):
+    """Print what is there of a data set, and every image that cannot be read; each is opened once.
+
+    Raises HiVGError if a split, expressions or images are missing, or images are unreadable.
+    """
+    info = dataset_info(name)
+    annotations = read_annotations(name, data_root)
+    paths = {sample.image for split in annotations.values() for sample in split.samples}
+    for split in annotations.values():
+        paths -= set(split.missing)
+    paths = sorted(paths)
+    with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
+        bar = tqdm(pool.imap(image_size, paths, 8), "opening images", len(paths), unit="image")
+        sizes = dict(zip(paths, bar))
+
+    print("split    expressions  published  missing images  unreadable images  odd boxes")
+    problems, unreadable_reasons = [], {}
+    published = dict(zip(info.splits, info.published)) or dict.fromkeys(annotations, 0)
+    for split in published:
+        split_data = annotations.get(split, Split(PackedSamples(), 0, Counter(), []))
+        unreadable, odd_boxes = set(), set()
+        for sample in split_data.samples:
+            size = sizes.get(sample.image)  # None: missing
+            if isinstance(size, str):
+                unreadable.add(sample.image)
+                unreadable_reasons[sample.image] = size
+            elif size and sample.size not in (None, size):
+                unreadable.add(sample.image)
+                unreadable_reasons[sample.image] = size_mismatch(sample, size)
+            elif size and (sample.box[2] > size[0] or sample.box[3] > size[1]):
+                odd_boxes.add((sample.image, sample.box))
+        odd = len(odd_boxes) + split_data.notes.total() - split_data.notes[EMPTY_NOTE]
+        print(
+            f"{split:8} {split_data.expressions:11} {published[split] or '-':>10} "
+            f"{len(split_data.missing):15} {len(unreadable):18} {odd:10}"
+        )
+        if split_data.expressions < max(published[split], 1):
+            problems.append(f"{split} has {split_data.expressions:,} expressions")
+        if split_data.missing:
+            problems.append(f"{split} lacks images, {split_data.missing[0]} among them")
+        if unreadable:
+            problems.append(f"{split} has {len(unreadable)} unreadable images")
+    for reason in unreadable_reasons.values():
+        print(reason)
+    if problems:
+        raise HiVGError(f"{name} is not complete, {'; '.join(problems)}: {info.help}.")
+
+
+def image_size(path):
+    """(width, height) of an image, which is decoded to its end; a str, the reason, if it can't be."""
     try:
         return load_image(path, upright=False).size
-    except HiVGError:
-        return None
-
-
-def check(name, data_root):
-    """Print a table of what is there of a data set; every picture is opened, once.
-
-    Raises HiVGError if a split, expressions or pictures are missing, or pictures unreadable.
-    """
-    there, source, problems = available_splits(name, data_root), DATASETS[name], []
-    published = dict(zip(source.splits.split(), source.counts)) or dict.fromkeys(there, 0)
-    splits = {split: read_split(name, split, data_root) for split in published}
-    paths = sorted({sample.image for samples, *_ in splits.values() for sample in samples})
-    with multiprocessing.Pool(**QUIET) as pool:
-        sizes = pool.imap(picture_size, paths, chunksize=8)
-        sizes = dict(zip(paths, tqdm(sizes, "opening pictures", len(paths), unit="picture")))
-    print("split    expressions  published  missing images  unreadable images  odd boxes")
-    for split, (samples, found, notes) in splits.items():
-        missing = missing_pictures(samples)
-        fitting = [s for s in samples if sizes[s.image] and s.size in (None, sizes[s.image])]
-        unreadable = {s.image for s in samples} - {s.image for s in fitting} - {*missing}
-        outside = {(s.image, s.box) for s in fitting if any(map(gt, s.box[2:], sizes[s.image]))}
-        odd = notes.total() - notes[EMPTY] + len(outside)
-        print(f"{split:8} {found:11} {published[split] or '-':>10}", end="")
-        print(f"{len(missing):16} {len(unreadable):18} {odd:10}")
-        if found < max(published[split], 1):
-            problems.append(f"{split} has {found:,} expressions")
-        for what, pictures in {"missing": missing, "unreadable": sorted(unreadable)}.items():
-            if pictures:
-                problems.append(f"{what} in {split}: {', '.join(pictures[:3])}")
-    if problems:
-        raise HiVGError(f"{name} is not whole, {'; '.join(problems)}: {source.origin}.")
-
-
-def fetch(url, data_root, folder, prefix=""):
-    """Download a zip or tar archive, move its files whose names begin with `prefix` into a folder
-    below the data root, without the folders that they lie in there, and remove the archive.
-
-    A file is whole when it gets there. Raises HiVGError; what is no archive, is damaged or would
-    reach outside is removed as well.
-    """
-    path, folder = Path(data_root, url.rsplit("/", 1)[1]), Path(data_root, folder)
-    if not path.exists():  # it is there if the last run was stopped while it unpacked
-        download(url, path)
-    try:
-        with (
-            explaining(f"{path} cannot be unpacked", "run it again: a bad one is fetched anew"),
-            tempfile.TemporaryDirectory(prefix=".unpacking", dir=data_root) as half,
-            (zipfile.ZipFile if zipfile.is_zipfile(path) else tarfile.open)(path) as archive,
-        ):
-            if isinstance(archive, zipfile.ZipFile):
-                read, entries = archive.open, (e for e in archive.infolist() if not e.is_dir())
-                files = ((e, e.filename, S_ISLNK(e.external_attr >> 16)) for e in entries)
-            else:
-                read, entries = archive.extractfile, (e for e in archive if not e.isdir())
-                files = ((e, e.name, not e.isfile()) for e in entries)
-            for entry, name, is_link in tqdm(files, "unpacking", unit="file"):
-                if is_link or os.path.isabs(name) or ".." in name.split("/"):
-                    raise ValueError(f"{name} would reach outside")
-                name = os.path.basename(name)
-                if name.startswith(prefix):
-                    with read(entry) as source, open(Path(half, name), "wb") as target:
-                        shutil.copyfileobj(source, target)
-            folder.mkdir(parents=True, exist_ok=True)
-            for file in sorted(Path(half).iterdir()):  # refs, which are looked for, at the end
-                file.replace(folder / file.name)
     except HiVGError as error:
-        if getattr(error.__cause__, "errno", None) is None:  # it is not for want of room or rights
-            path.unlink()
-        raise
-    path.unlink()
+        return str(error)
 
 
-def get(name, data_root):
-    """Fetch what is not there of a data set; one that can't be had so is a HiVGError that says
-    where to ask for it."""
-    files, source = split_files(name, data_root), DATASETS[name]
-    if "refer" not in source.files:
-        raise HiVGError(f"{name} cannot be downloaded: {source.origin}.")
-    refer = [Path(path) for family, path in files.values() if family == "refer"]
-    whole = all(path.with_name("instances.json").is_file() for path in refer)
-    if len(files) < len(source.splits.split()) or not whole:
-        folder = os.path.dirname(source.files["refer"])
+def download_dataset(name, data_root):
+    """Fetch what is missing of a data set. Raises HiVGError, which says where to ask, for one that
+    has no public address."""
+    info = dataset_info(name)
+    if "refer" not in info.files or name == "shapes":
+        raise HiVGError(f"{name} cannot be downloaded: {info.help}.")
+    family, paths = find_files(name, data_root)
+    refer_is_half = family == "refer" and not all(
+        Path(path).with_name("instances.json").is_file() for path in paths.values()
+    )
+    if len(paths) < len(info.splits) or refer_is_half:
+        folder = os.path.dirname(info.files["refer"])
         try:
-            fetch(UNC.format(source.stamp, folder), data_root, folder)
+            download_and_unpack(UNC.format(info.web_archive, folder), data_root, folder)
         except HiVGError as error:
-            if "mdetr" not in source.files:
+            if "mdetr" not in info.files:
                 raise
             print(f"{error} Now from {ZENODO}:")
-            fetch(ZENODO, data_root, "mdetr_annotations", "finetune_refcoco")
-    splits = available_splits(name, data_root) if source.pictures == "coco" else ()
-    if missing_pictures(s for split in splits for s in read_split(name, split, data_root)[0]):
-        fetch(TRAIN2014, data_root, "images/mscoco/images/train2014")
-    print(f"{name} is in {data_root}: python data.py check looks at every picture")
+            download_and_unpack(ZENODO, data_root, "mdetr_annotations", "finetune_refcoco")
+    annotations = read_annotations(name, data_root)
+    if any(split.missing for split in annotations.values()):
+        download_and_unpack(TRAIN2014, data_root, "images/mscoco/images/train2014")
+    print(f"{name} is in {data_root}: python data.py check looks at every image")
+
+
+def download_and_unpack(url, data_root, folder, prefix=""):
+    """Download a zip or tar archive, move its files whose names begin with `prefix` into a folder
+    below the data root, flattened, and delete the archive.
+
+    A file is whole when it gets there. Raises HiVGError; a damaged archive is deleted as well.
+    """
+    archive, folder = Path(data_root, url.rsplit("/", 1)[1]), Path(data_root, folder)
+    if not archive.exists():  # it is there if an earlier run was stopped while it unpacked
+        clip_model.download(url, archive)
+    damage = (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+    hint = "free some room or name another --data-root, and run it again"
+    print(f"unpacking {archive}", flush=True)
+    with (
+        user_error(f"{archive} cannot be unpacked", hint, (OSError,)),
+        tempfile.TemporaryDirectory(prefix=".unpacking", dir=data_root) as unpacked,
+    ):
+        try:
+            if zipfile.is_zipfile(archive):
+                shutil.unpack_archive(archive, unpacked, "zip")
+            else:
+                shutil.unpack_archive(archive, unpacked, "gztar", filter="data")
+        except damage as error:
+            archive.unlink()
+            what = f"{archive} from {url} was damaged ({error}) and is deleted"
+            raise HiVGError(f"{what}: run it again.") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        # in this order refs(...).p, by which a data set is found, comes after instances.json
+        for file in sorted(Path(unpacked).rglob(prefix + "*"), key=lambda file: file.name):
+            if file.is_file():
+                file.replace(folder / file.name)
+        archive.unlink()
 
 
 def main():
-    jobs = {"check": check, "download": get}
-    parser = argparse.ArgumentParser(description="Look at a data set, or fetch it.")
-    add = parser.add_argument
-    add("job", choices=jobs)
-    add("--dataset", required=True, help=", ".join(DATASETS))
-    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    commands = {"check": check_dataset, "download": download_dataset}
+    parser = argparse.ArgumentParser(description="Check a data set, or fetch it.")
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--dataset", required=True, help=", ".join(DATASETS))
+    parser.add_argument("--data-root", default="data", help="folder of the data (default: data)")
     args = parser.parse_args()
-    exit_with(lambda args: jobs[args.job](args.dataset, args.data_root), args)
+    clip_model.run_main(commands[args.command], args.dataset, args.data_root)
 
 
 if __name__ == "__main__":

@@ -1,618 +1,648 @@
-"""Training: a warm-up and the stages of HiLoRA, each from the best of the one before.
+"""Training: a warm-up and the stages of HiLoRA, each from the best epoch of the one before.
 
     python train.py --dataset shapes             # two CPU cores, nothing to download
-    python train.py --dataset refcoco            # data/ has COCO's pictures and refer's files
-    python train.py --dataset refcoco --resume   # go on where that run was stopped
+    python train.py --dataset refcoco            # data/ has COCO's images and refer's files
+    python train.py --dataset refcoco --resume   # continue a run that was stopped, or start it
     torchrun --standalone --nproc_per_node=4 train.py --dataset refcoco
-    python train.py --benchmark                  # how fast it is here
 
-Reading order: PRESETS (epochs, rates, batches, sizes), shapes_clip (a small CLIP, where there is
-none to download), train_step, train_epoch, train_stage, train_and_evaluate (the whole job), main
-(the flags).
+Reading order: PRESETS, learning_rate, train_step (one step: forward, losses, backward, clipping,
+optimiser), train_epoch and train (the loops over batches, epochs and stages), building the model,
+resuming, the CLIP for shapes, and the command line.
 
-What a run writes into --output: best.pt (stands alone), last.pt (to resume from), log.jsonl (a line
-for each epoch), config.json (what was used), results_DATASET.json and a contact sheet for each
-split.
+A run writes into --output: best.pt (the best epoch of the latest stage; it stands alone), last.pt
+(to resume from), log.jsonl (a line for each epoch), config.json (all settings), and after its last
+epoch results_DATASET.json and a contact sheet for each split.
 """
 
-import argparse
 import json
 import math
-import os
-import re
-import shutil
-import signal
-import sys
-import tempfile
 import time
-from argparse import RawDescriptionHelpFormatter as RawText
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
-from functools import cache, partial
-from itertools import islice, zip_longest
-from operator import add, mul
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import clip_model
 import data
 import evaluate
 import hivg
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, exit_with, explaining
-from evaluate import at_least, first_process_first, inputs_of, joined, processes, rank, write_text
-from hivg import LOSS_WEIGHTS, TEXT_LAYERS, HiVG, HiVGConfig, load_model, losses, save_checkpoint
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer
+from evaluate import barrier, model_inputs, open_split, process_rank, world_size, write_text
+from hivg import BRIDGE_TEXT_LAYERS, LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
+
+# isort: split
+# imports of the sections on the CLIP for shapes and the command line
+import argparse
+import functools
+import re
+from dataclasses import asdict
+
+import numpy as np
+
+# ------------------------------------------------------------------------------------------ presets
 
 
-class Preset(NamedTuple):
-    """Epochs, top learning rate and batch size of the warm-up and of stages 1 to 3; epochs of a
-    warm-up without bridges before them, at the warm-up's rate; AdamW's betas; fields of HiVGConfig
-    to change."""
+@dataclass
+class Preset:
+    """What a run takes that the command line leaves open."""
 
-    epochs: tuple
-    rates: tuple
-    batches: tuple
-    without_bridges: int = 0
-    betas: tuple = (0.9, 0.999)
-    model: dict = {}
+    epochs: tuple  # of the warm-up and of stages 1, 2, 3; the next two likewise
+    learning_rates: tuple  # at their top
+    batch_sizes: tuple  # of one process
+    without_bridges: int = 0  # epochs before the warm-up, without bridges, at the warm-up's rate
+    betas: tuple = (0.9, 0.999)  # of AdamW
+    config: HiVGConfig = field(default_factory=HiVGConfig)  # sizes of the model
 
 
-SMALL = dict(bridge_layers=(2, 3), grounding_layers=3, heads=4, feedforward=256, region_width=256)
 SHAPES = Preset(
     epochs=(3, 1, 1, 1),
-    rates=(8e-4, 4.5e-4, 3.5e-4, 3e-4),
-    batches=(64,) * 4,
+    learning_rates=(8e-4, 4.5e-4, 3.5e-4, 3e-4),
+    batch_sizes=(64, 64, 64, 64),
     betas=(0.9, 0.98),
-    model=SMALL | dict(dropout=0.0, lora_dropout=0.0),
+    config=HiVGConfig(
+        bridge_layers=(2, 3),
+        grounding_layers=3,
+        heads=4,
+        feedforward=256,
+        region_width=256,
+        dropout=0.0,
+        lora_dropout=0.0,
+    ),
 )
-RATES, MIXED_RATES = (2.5e-4, 1e-4, 5e-5, 2.5e-5), (2.5e-4, 1e-4, 5e-5, 2e-5)
-PRESETS = {  # by size of CLIP and data set, else by size alone (D15)
+RATES, MIXTURE_RATES = (2.5e-4, 1e-4, 5e-5, 2.5e-5), (2.5e-4, 1e-4, 5e-5, 2e-5)
+PRESETS = {  # by size of CLIP and data set, else by size alone
     "base": Preset((60, 20, 20, 20), RATES, (80, 60, 60, 40)),
     "base-flickr30k": Preset((30, 5, 5, 5), RATES, (80, 60, 60, 40)),
-    "base-mixture": Preset((60, 20, 20, 20), MIXED_RATES, (64,) * 4),
-    "large": Preset((60, 10, 10, 10), RATES, (32,) * 4, 10),
-    "large-referit": Preset((60, 10, 10, 10), RATES, (32,) * 4, 5),
-    "large-flickr30k": Preset((30, 5, 5, 5), RATES, (32,) * 4, 10),
-    "large-mixture": Preset((30, 10, 10, 10), MIXED_RATES, (32,) * 4, 10),
+    "base-mixture": Preset((60, 20, 20, 20), MIXTURE_RATES, (64, 64, 64, 64)),
+    "large": Preset((60, 10, 10, 10), RATES, (32, 32, 32, 32), without_bridges=10),
+    "large-referit": Preset((60, 10, 10, 10), RATES, (32, 32, 32, 32), without_bridges=5),
+    "large-flickr30k": Preset((30, 5, 5, 5), RATES, (32, 32, 32, 32), without_bridges=10),
+    "large-mixture": Preset((30, 10, 10, 10), MIXTURE_RATES, (32, 32, 32, 32), without_bridges=10),
     "shapes": SHAPES,
-    "shapes-long": SHAPES._replace(epochs=(9, 3, 3, 3)),
+    "shapes-long": replace(SHAPES, epochs=(9, 3, 3, 3)),
 }
-VOCABULARIES = ("bpe_vocab.txt.gz", "bpe_simple_vocab_16e6.txt.gz")  # looked for beside a CLIP
-PARTS = {  # of the model, by the names of their parameters: the first that matches
+AUTHORS_GPUS = 7  # the batches of their presets are those of each GPU
+WEIGHT_DECAY = 1e-4
+MAX_NORM = 1.0  # of the gradient (D5)
+RISING_STEPS = 200  # of a stage, in which the learning rate rises (D4)
+LOOK_EVERY = 20  # steps between two looks at the losses; for each, the CPU waits for the GPU
+
+
+def learning_rate(step, steps, top):
+    """The rate of step s = 0 ... S - 1 of a stage, a linear rise and a cosine to 0 (D4):
+
+    top min(1, (s + 1) / w) (1 + cos(pi s / S)) / 2,   w = min(200, 1 + S / 10)
+    """
+    rise = min(1, (step + 1) / min(RISING_STEPS, 1 + steps / 10))
+    return top * rise * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def train_step(model, batches, seeds, optimizer, scaler, weights, dtype=None):
+    """One step along the mean gradient of some batches (accumulation) and of all processes.
+
+    model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them; seeds:
+    of the dropout of each. scaler: a GradScaler, enabled for float16 only. weights: of the losses.
+    dtype: of autocast, None for float32.
+    Returns the mean losses, [len(weights)], on the device: nothing here waits for a GPU.
+    """
+    bare_model = getattr(model, "module", model)  # HiVG itself
+    means = 0
+    for number, (batch, seed) in enumerate(zip(batches, seeds), start=1):
+        torch.manual_seed(seed)
+        images, tokens, padding = model_inputs(bare_model, batch)  # [B, 3, S, S], [B, T], [B, S, S]
+        boxes = batch["box"].to(images.device, non_blocking=True)  # [B, 4]
+        objects = batch["object"].to(images.device, non_blocking=True)  # [B]
+        # gradients are averaged over the processes in the last backward pass
+        synchronise = number == len(batches) or model is bare_model
+        with nullcontext() if synchronise else model.no_sync():
+            with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+                output = model(images, tokens, padding, for_losses=True)
+            losses = compute_losses(output, boxes, objects, bare_model.clip.logit_scale)
+            loss = sum(weights[name] * losses[name] for name in weights) / len(batches)
+            scaler.scale(loss).backward()
+        means = means + torch.stack([losses[name].detach() for name in weights]) / len(batches)
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+    scaler.step(optimizer)  # float16: makes no step if a gradient is not finite
+    scaler.update()
+    optimizer.zero_grad()
+    return means
+
+
+def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dtype):
+    """One epoch: the loop over the batches. Returns {loss: its mean over the epoch}.
+
+    All that is random follows from (seed, stage, epoch, number of the batch): N processes make the
+    steps of one that accumulates N batches.
+    """
+    numbers = (settings.seed, 1 + stage, epoch)
+    train_set.set_epoch(*numbers)
+    per_step = settings.accumulate * world_size()  # batches of a step
+    batch_size = stage_value(settings.batch_size, stage)
+    batch_size = min(batch_size, len(train_set) // per_step)  # a tiny data set gets one step
+    batches = data.epoch_batches(numbers, len(train_set), batch_size, per_step)
+    own = range(process_rank(), len(batches), world_size())  # numbers of this process's batches
+    on_gpu = next(model.parameters()).is_cuda
+    reader = data.read_batches(train_set, batches[own].tolist(), settings.workers, on_gpu)
+    steps = len(batches) // per_step
+    epochs, top = stage_epochs(settings)[stage], stage_value(settings.lr, stage)
+    title = f"stage {stage}, epoch {epoch}"
+    unchecked = []  # losses of the steps since the last look
+    sums = np.zeros(len(settings.loss))
+    bar = tqdm(range(steps), title, leave=False, disable=process_rank() > 0)
+    for step in bar:
+        for param_group in optimizer.param_groups:  # all have the same rate
+            param_group["lr"] = learning_rate(epoch * steps + step, epochs * steps, top)
+        step_batches, seeds = [], []
+        for number in own[step * settings.accumulate : (step + 1) * settings.accumulate]:
+            step_batches.append(next(reader))
+            seeds.append(data.mix_seed(*numbers, number))
+        losses = train_step(model, step_batches, seeds, optimizer, scaler, settings.loss, dtype)
+        unchecked.append(losses)
+        if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
+            values = (
+                mean_over_processes(torch.stack(unchecked)).cpu().double().numpy()
+            )  # [steps, 5]
+            for earlier, row in enumerate(values, start=step + 1 - len(values)):
+                if not np.isfinite(row).all():
+                    indices = batches[earlier * per_step : (earlier + 1) * per_step].flatten()
+                    where = f"{title}, step {earlier}"
+                    raise not_finite_error(where, settings.loss, row, train_set, indices)
+            sums += values.sum(axis=0)
+            unchecked = []
+            bar.set_postfix(loss=f"{values[-1] @ list(settings.loss.values()):.2f}")
+    return {name: round(total / steps, 4) for name, total in zip(settings.loss, sums.tolist())}
+
+
+def train(model, train_set, val_set, settings, device, log, optimizer_state, scaler_state):
+    """All stages: the loops over stages and epochs. Writes best.pt, last.pt and log.jsonl into
+    settings.output. Returns the model of the best epoch of the last stage.
+
+    log: the lines of the epochs that are done, [] for a new run. A resumed run continues after them
+    with the states of its optimiser and scaler; it ends as a run that nobody stopped, since all that
+    is random follows from (seed, stage, epoch, batch), and all else is in last.pt.
+    """
+    output = Path(settings.output)
+    dtype = autocast_dtype(device)
+    first_stage = min(stage_epochs(settings))
+    for stage, epochs in stage_epochs(settings).items():
+        if log and log[-1]["stage"] > stage:
+            continue  # done before the run was resumed
+        torch.manual_seed(data.mix_seed(settings.seed, 1 + stage))  # of new pairs
+        model.enter_stage(stage)
+        model.checkpointing = settings.checkpointing
+        if settings.compile:
+            torch.compiler.reset()  # Dynamo gives up after 8 recompilations: count anew
+            model.compile()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        betas = PRESETS[settings.preset].betas
+        optimizer = torch.optim.AdamW(trained, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
+        scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        if optimizer_state is not None:
+            optimizer.load_state_dict(optimizer_state)
+            optimizer_state = None
+        if scaler_state:  # {} if the run did not use float16 so far
+            scaler.load_state_dict(scaler_state)
+            scaler_state = None
+        parallel = model
+        if world_size() > 1:
+            parallel = DistributedDataParallel(model, forward_sync_buffers=False)
+
+        # epoch -1 is what a stage starts from: best.pt falls back to it if the stage only makes it
+        # worse. Before the first stage there is nothing to see.
+        start = 0 if stage == first_stage else -1
+        if log and log[-1]["stage"] == stage:
+            start = log[-1]["epoch"] + 1
+        for epoch in range(start, epochs):
+            began = time.time()
+            line = {"stage": stage, "epoch": epoch}
+            if epoch >= 0:
+                parallel.train()
+                line["losses"] = train_epoch(
+                    parallel, train_set, stage, epoch, optimizer, scaler, settings, dtype
+                )
+            predicted, true = evaluate.predict(model, val_set, workers=settings.workers)
+            line |= evaluate.summary(val_set, predicted, true)
+            line["seconds"] = round(time.time() - began, 1)
+            best_acc = max([past["acc"] for past in log if past["stage"] == stage], default=-1)
+            log.append(line)
+            when = f"after epoch {epoch}" if epoch >= 0 else "begins"
+            print(f"stage {stage} {when}: {val_set.split} Acc@0.5 {line['acc']:.2f} %", flush=True)
+            if process_rank() == 0:
+                # last.pt is written last: a run that is killed before that repeats the epoch
+                if line["acc"] >= best_acc:  # ties go to the later epoch
+                    save_checkpoint(output / "best.pt", model)
+                write_text(output / "log.jsonl", "".join(json.dumps(past) + "\n" for past in log))
+                stored = {"settings": vars(settings), "log": log}
+                stored |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(output / "last.pt", model, **stored)
+        barrier()
+        model, _ = hivg.read_checkpoint(output / "best.pt")  # the next stage starts from it (D13)
+        model.to(device)
+    return model
+
+
+def autocast_dtype(device):
+    """What a GPU computes in: bf16, or float16 if it has no bf16. None, float32, on others."""
+    if device.type != "cuda":
+        return None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16
+
+
+def stage_epochs(settings):
+    """{stage: its epochs}, in order, without the stages that have none. -1 is the warm-up without
+    bridges, 0 the warm-up, 1 ... G are HiLoRA's stages."""
+    counts = {-1: settings.without_bridges, **dict(enumerate(settings.epochs))}
+    return {stage: count for stage, count in counts.items() if count > 0}
+
+
+def stage_value(values, stage):
+    """The value of a stage in a list for the warm-up and stages 1 ... G. A warm-up without bridges
+    has those of the warm-up."""
+    return values[max(0, stage)]
+
+
+def mean_over_processes(tensor):
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor / world_size()
+
+
+def not_finite_error(where, weights, losses, train_set, indices):
+    """The HiVGError that says in which step a loss was not finite, and for which samples."""
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(weights, losses))
+    samples = [train_set.samples[index] for index in indices.tolist()]
+    names = ", ".join(f"{Path(sample.image).name} {sample.text!r}" for sample in samples)
+    what = f"A loss is not finite in {where} ({parts})"
+    hint = "try a lower --lr with a new --output, or look at the samples of this step"
+    return HiVGError(f"{what}; last.pt is of the last good epoch: {hint}, {names}.")
+
+
+# ------------------------------------------------------------------------------- building the model
+
+
+# a setting comes from the command line, else from the preset, else from here
+DEFAULTS = {
+    "data_root": "data",
+    "clip": "ViT-B/16",
+    "image_size": None,
+    "augment": True,
+    "loss": {},
+    "select": "val",
+    "adapters": "hilora",
+    "groups": 3,
+    "rank": 32,
+    "targets": ("attn.in_proj", "attn.out_proj"),
+    "visual_layers": None,
+    "checkpointing": False,
+    "compile": False,
+    "seed": 0,
+    "device": None,
+    "workers": None,
+}
+PER_STAGE = ("epochs", "lr", "batch_size")  # one value for the warm-up and one for each stage
+
+
+def build_model(given, device):
+    """(settings, HiVG) of a new run: CLIP is read (or, for shapes, trained), and what the command
+    line leaves open is taken from the preset for this CLIP and these data sets."""
+    data_root, clip_path, seed = ((DEFAULTS | given)[n] for n in ("data_root", "clip", "seed"))
+    if process_rank() > 0:
+        barrier()  # the first process generates, trains and downloads what is missing
+    if "shapes" in given["dataset"]:
+        data.make_shapes(data_root)
+    if given["dataset"] == ["shapes"] and "clip" not in given:
+        clip_path = Path(data_root, "shapes", f"clip_{seed}.pt")
+        if not clip_path.exists():
+            train_shapes_clip(clip_path, seed, device)
+    clip = clip_model.load_clip(str(clip_path))
+    tokenizer = find_tokenizer(clip_path, clip.config.vocab_size)
+    if process_rank() == 0:
+        barrier()  # now the others find it
+
+    settings = complete_settings(given, clip.config)
+    config = replace(
+        PRESETS[settings.preset].config,
+        image_size=settings.image_size,
+        visual_layers=settings.visual_layers,
+        bridge_layers=settings.bridge_layers,
+        text_layers=settings.text_layers,
+        adapters=settings.adapters,
+        targets=settings.targets,
+        groups=settings.groups,
+        rank=settings.rank,
+        stage=min(stage_epochs(settings)),
+    )
+    torch.manual_seed(settings.seed)
+    try:
+        model = HiVG(config, clip, tokenizer)
+    except ValueError as error:  # of lora.add_lora: a target that matches nothing
+        raise HiVGError(f"--targets: {error}.") from error
+    settings.clip = str(clip_path)
+    settings.image_size = model.config.image_size
+    settings.visual_layers = model.config.visual_layers
+    settings.bridge_layers = model.config.bridge_layers
+    return settings, model.to(device)
+
+
+def complete_settings(given, clip_config):
+    """The settings of a new run, as a Namespace: what was given on the command line; for the rest
+    the preset, and DEFAULTS."""
+    names = given["dataset"]
+    kind = "mixture" if len(names) > 1 else names[0]
+    size = "large" if clip_config.vision_layers == 24 else "base"
+    candidates = [kind, f"{size}-{kind}", size]
+    preset_name = given.get("preset") or next(name for name in candidates if name in PRESETS)
+    preset = PRESETS[preset_name]
+    text_layers = ()  # a mixture's bridges get the projected text
+    if kind != "mixture":
+        of_twelve = BRIDGE_TEXT_LAYERS.get(kind, (12,))
+        text_layers = tuple(math.ceil(i * clip_config.text_layers / 12) for i in of_twelve)
+    of_the_paper = not set(names) & {"shapes", "own"}
+    from_preset = {
+        "preset": preset_name,
+        "epochs": preset.epochs,
+        "lr": preset.learning_rates,
+        "batch_size": preset.batch_sizes,
+        "without_bridges": preset.without_bridges,
+        "bridge_layers": preset.config.bridge_layers,
+        "text_layers": text_layers,
+        "accumulate": max(1, round(AUTHORS_GPUS / world_size())) if of_the_paper else 1,
+    }
+    settings = argparse.Namespace(**DEFAULTS | from_preset | given)
+    settings.processes = world_size()
+    settings.loss = LOSS_WEIGHTS | settings.loss
+    for flag in PER_STAGE:
+        setattr(settings, flag, per_stage(getattr(settings, flag), settings.groups))
+    if names == ["shapes"]:
+        settings.augment = False  # there are plenty; they are kept in memory
+    if not stage_epochs(settings):
+        raise HiVGError("--epochs 0 leaves nothing to train: give a stage at least one epoch.")
+    return settings
+
+
+def per_stage(values, groups):
+    """One value for all stages, or a list of them, as a list for the warm-up and stages 1 ... G."""
+    if len(values) == 1:
+        return [*values] * (1 + groups)
+    return [*values, *[values[-1]] * groups][: 1 + groups]  # G may differ from the preset's 3
+
+
+VOCABULARIES = ("bpe_vocab.txt.gz", "bpe_simple_vocab_16e6.txt.gz")
+
+
+def find_tokenizer(clip_path, vocab_size):
+    """The tokenizer of a CLIP: with the vocabulary beside its file, else with CLIP's own. Raises
+    HiVGError if the vocabulary has another size than the CLIP's."""
+    beside = [Path(clip_path).with_name(name) for name in VOCABULARIES]
+    beside = [path for path in beside if path.is_file()]
+    tokenizer = Tokenizer(beside[0]) if beside else clip_model.clip_tokenizer()
+    if tokenizer.vocab_size != vocab_size:
+        what = f"{clip_path} is not for the vocabulary {beside[0] if beside else 'of CLIP'}"
+        raise HiVGError(f"{what}: put its own beside it as {VOCABULARIES[0]}.")
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------- resuming
+
+# flags that may differ when a run is resumed; they do not change its result, rounding aside
+FREE_FLAGS = ("resume", "workers", "device", "data_root", "output", "checkpointing", "compile")
+
+
+def resume_settings(given, stored, last):
+    """The settings of a resumed run: those stored in last.pt, with the FREE_FLAGS of this command.
+
+    Raises HiVGError if another flag differs from the stored run.
+    """
+    for name, value in given.items():
+        if name in FREE_FLAGS or name == "accumulate":
+            continue
+        if name in PER_STAGE:
+            value = per_stage(value, stored["groups"])
+        if name == "loss":
+            value = stored["loss"] | value
+        if value != stored[name]:
+            flag = "--no-augment" if name == "augment" else "--" + name.replace("_", "-")
+            what = f"{flag} does not fit the run in {last}, which has {stored[name]}"
+            raise HiVGError(f"{what}: leave it out, or start anew with another --output.")
+    free = {name: given[name] for name in FREE_FLAGS if name in given}
+    settings = argparse.Namespace(**stored | free)
+    batches = stored["accumulate"] * stored["processes"]  # of a step
+    settings.accumulate = given.get("accumulate", max(1, batches // world_size()))
+    settings.processes = world_size()
+    if settings.accumulate * world_size() != batches:
+        what = f"{last} is of a run with {batches} batches a step"
+        hint = f"make processes times --accumulate {batches}"
+        raise HiVGError(f"{what}, not {settings.accumulate * world_size()}: {hint}.")
+    return settings
+
+
+# -------------------------------------------------------------------------------- the CLIP for shapes
+
+SHAPES_CLIP = CLIPConfig(
+    image_size=80,
+    patch_size=16,
+    vision_width=128,
+    vision_layers=3,
+    text_width=128,
+    text_layers=3,
+    embed_dim=128,
+)
+SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
+
+
+def train_shapes_clip(path, seed, device):
+    """Train a small CLIP on the shapes data set, whose folder is that of `path`, and write it there.
+
+    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
+    therefore knows scenes better than regions, the gap that the paper starts from (Fig. 1).
+    """
+    folder = path.parent
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
+    captions = json.loads((folder / "captions.json").read_text())
+    names = np.array(list(captions))
+    S = SHAPES_CLIP.image_size
+
+    @functools.cache  # a scene comes up about three times
+    def read_scene(name):
+        square, _ = data.preprocess(data.load_image(folder / "images" / name), S)
+        return square  # uint8 [3, S, S]
+
+    def read_scenes(names):  # -> float32 [n, 3, S, S]
+        squares = torch.stack([read_scene(name) for name in names]).to(device)
+        inner = torch.tensor([[0, 0, S, S]], device=device)  # no padding
+        return data.normalise(squares, inner, clip_model.MEAN, clip_model.STD)[0]
+
+    clip = CLIP(replace(SHAPES_CLIP, vocab_size=tokenizer.vocab_size)).to(device)
+    init_patches_by_pca(clip.visual, read_scenes(names[:1500]))
+    trained = [p for p in clip.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    targets = torch.arange(SHAPES_CLIP_BATCH, device=device)
+    bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
+    for step in bar:
+        batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
+        texts = [str(rng.choice(captions[name])) for name in batch]
+        tokens = data.trim_to_longest(tokenizer(texts)).to(device)
+        logits = clip(read_scenes(batch), tokens)  # [batch, batch]
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % LOOK_EVERY == 0:
+            right = (logits.argmax(dim=1) == targets).float().mean()
+            bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
+    clip_model.save_clip(clip, path)
+
+
+def init_patches_by_pca(visual, images):
+    """Set the patch embedding of an image tower to the principal components of the patches in
+    `images` [n, 3, S, S], each scaled to variance 1, and freeze it.
+
+    So edges count as much as colour; a patch embedding that is learned in so few steps sees colours
+    and hardly any kinds. Positions start as sines and cosines.
+    """
+    width, _, patch, _ = visual.conv1.weight.shape
+    patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
+    variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
+    rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
+    visual.conv1.weight = nn.Parameter(rows.reshape(visual.conv1.weight.shape), requires_grad=False)
+    grid = hivg.sincos_grid(images.shape[-1] // patch, width).to(images.device)
+    visual.positional_embedding.data[1:] += grid - rows @ patches.mean(dim=0)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def run(given):
+    """A whole run: checks, model, data, training, evaluation. given: the flags that were given."""
+    output = Path(given["output"])
+    last = output / "last.pt"
+    resumed = last.exists() and "resume" in given
+    if not resumed:
+        check_request(given, last)
+    device = evaluate.setup_device(given.get("device"))
+    if process_rank() == 0:
+        evaluate.check_writable(output)
+    barrier()
+    if resumed:
+        model, content = hivg.read_checkpoint(last)
+        model.to(device)
+        settings = resume_settings(given, content["settings"], last)
+        log = content["log"]
+        optimizer_state, scaler_state = content["optimizer"], content["scaler"]
+    else:
+        settings, model = build_model(given, device)
+        log, optimizer_state, scaler_state = [], None, None
+    names, data_root = settings.dataset, settings.data_root
+    if settings.workers is None:  # the images of shapes are kept in memory
+        settings.workers = 0 if names == ["shapes"] else data.default_workers()
+
+    annotations = {name: data.read_annotations(name, data_root) for name in names}
+    options = {"annotations": annotations, "cache": names == ["shapes"]}
+    train_set = open_split(model, names, "train", data_root, augment=settings.augment, **options)
+    val_set = open_split(model, names, settings.select, data_root, **options)
+    if len(train_set) < settings.accumulate * world_size():
+        what = f"{len(train_set)} expressions are fewer than the batches of a step"
+        raise HiVGError(f"{what}: give a smaller --accumulate, or start fewer processes.")
+    print_summary(settings, model, train_set, annotations, device)
+    if process_rank() == 0:
+        used = {"settings": vars(settings), "model": asdict(model.config)}
+        write_text(output / "config.json", json.dumps(used, indent=2))
+    states = optimizer_state, scaler_state
+    model = train(model, train_set, val_set, settings, device, log, *states).merge().eval()
+    for name in names:
+        evaluate.evaluate_splits(
+            model,
+            output / "best.pt",
+            name,
+            None,
+            data_root,
+            output,
+            workers=settings.workers,
+            annotations=annotations,
+        )
+
+
+def check_request(given, last):
+    """Raise HiVGError for what would fail later in a new run, before anything slow begins: an
+    unknown data set, files that are missing, an output folder with an earlier run."""
+    if last.exists():
+        raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
+    for name in given["dataset"]:
+        data.dataset_info(name)
+        if name != "shapes":  # which is generated
+            data.check_files(name, given.get("data_root", DEFAULTS["data_root"]))
+    clip_path = given.get("clip", DEFAULTS["clip"])
+    if clip_path not in clip_model.CLIP_FILES and not Path(clip_path).is_file():
+        known = ", ".join(clip_model.CLIP_FILES)
+        raise HiVGError(f"There is no CLIP {clip_path}: name a file, or one of {known}.")
+
+
+PARAMETER_GROUPS = {  # by the names of parameters: the first pattern that matches
     "LoRA pairs": r"\.lora_",
     "CLIP": r"^clip\.",
     "bridges": r"^(bridges|mixed_proj)\.",
     "heads": r"^(box_head|region)",
     "grounding encoder": "",
 }
-WEIGHT_DECAY = 1e-4
-MAX_NORM = 1.0  # of the gradient (D5)
-# the rate rises to its top in so many steps of a stage, or in a tenth of it if that is less (D4)
-WARMUP_STEPS = 200
-READ_EVERY = 20  # steps: to look at the losses, the CPU has to wait for the GPU
-SAVE_EVERY = 600  # seconds within an epoch
-
-SHAPES_CLIP = CLIPConfig(  # images of 80 pixels, patches of 16
-    80, 16, vision_width=128, vision_layers=3, text_width=128, text_layers=3, embed_dim=128
-)
-SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
 
 
-def rate(step, steps, top):
-    """The learning rate of step s = 0 .. S - 1 of a stage, a linear rise and a cosine to 0 (D4):
-    top min(1, (s + 1) / w) (1 + cos(pi s / S)) / 2, w = min(200, 1 + S / 10)."""
-    rise = min(1, (step + 1) / min(WARMUP_STEPS, 1 + steps / 10))
-    return top * rise * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def update(optimizer, learning_rate, loss):
-    """One optimiser step with the gradients there are, clipped to MAX_NORM; then they are cleared.
-
-    If the loss or a gradient is not finite, nothing changes. Returns whether it is, a bool tensor:
-    nothing waits for a GPU.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-    finite = torch.isfinite(loss + norm)
-    optimizer.found_inf = (~finite).float()  # a fused optimiser does nothing where this is 1
-    optimizer.step()
-    optimizer.zero_grad()
-    return finite
-
-
-def bf16_pays(device):
-    """Whether bf16 is faster than fp32 on this device: a CPU is timed on a matrix product, as some
-    only imitate it."""
-    if device.type != "cpu":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    ones = torch.ones(1024, 1024)
-    timer = partial(Timer, "a @ a", num_threads=torch.get_num_threads())
-    slow, fast = (timer(globals={"a": a}).timeit(20).median for a in (ones, ones.bfloat16()))
-    return slow > 2 * fast  # twice: casting to and fro costs as well
-
-
-def see_patches(visual, images):
-    """Start an image tower with a patch embedding that keeps what patches show, and keep it: images
-    [n, 3, S, S].
-
-    Its rows are the patches' principal components, each scaled to variance 1, so that edges count
-    as much as colour: a patch embedding learned in so few steps sees colours and hardly any kinds.
-    Positions start as sines and cosines.
-    """
-    width, _, patch, _ = visual.conv1.weight.shape
-    patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
-    variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
-    rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
-    visual.conv1.weight = nn.Parameter(rows.reshape(visual.conv1.weight.shape), False)
-    positions = hivg.grid_positions(images.shape[-1] // patch, width) - rows @ patches.mean(dim=0)
-    visual.positional_embedding.data[1:] += positions
-
-
-def shapes_clip(folder, seed, device, context):
-    """Path of a small CLIP for the shapes data set in `folder`, trained now if it is not there yet.
-
-    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
-    therefore knows scenes better than regions, the gap in granularity that the poster starts from
-    (Fig. 1).
-    """
-    path = folder / f"clip_{seed}.pt"
-    if path.exists():
-        return path
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
-    captions = json.loads((folder / "captions.json").read_text())
-    names = np.array(list(captions))
-
-    load = cache(data.load_image)  # a scene comes up about three times
-
-    def read(files):  # names of pictures -> [n, 3, S, S]
-        scenes = (load(folder / "images" / file) for file in files)
-        return torch.stack([data.prepare(s, SHAPES_CLIP.image_size)[0] for s in scenes])
-
-    clip = CLIP(replace(SHAPES_CLIP, vocab_size=tokenizer.vocab_size))
-    see_patches(clip.visual, read(names[:1500]))
-    clip.to(device).train()
-    trained = [p for p in clip.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
-    for step in bar:
-        batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
-        texts = [str(rng.choice(captions[name])) for name in batch]
-        tokens = data.cut_to_longest(tokenizer(texts))
-        with context():
-            logits = clip(read(batch).to(device), tokens.to(device)).float()  # [batch, batch]
-        target = torch.arange(len(batch), device=device)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        loss.backward()
-        update(optimizer, rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE), loss.detach())
-        if step % 20 == 0:
-            right = (logits.argmax(dim=1) == target).float().mean()
-            bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
-    if not math.isfinite(loss.item()):
-        raise HiVGError(f"The training of CLIP came to nothing: a loss of {loss.item()}.")
-    clip_model.save_clip(clip, path)
-    return path
-
-
-def tokenizer_for(clip_path, vocab_size):
-    """The tokenizer of a CLIP: the vocabulary that lies beside its file, else CLIP's own."""
-    beside = [Path(clip_path).with_name(name) for name in VOCABULARIES]
-    found = next((path for path in beside if path.is_file()), None)
-    tokenizer = Tokenizer(found) if found else clip_model.clip_tokenizer()
-    if tokenizer.vocab_size != vocab_size:
-        what = f"{clip_path} is not for the vocabulary of {found or 'CLIP'}"
-        raise HiVGError(f"{what}: put its own beside it as {beside[0].name}.")
-    return tokenizer
-
-
-def account(model):
-    """The parameters by what they belong to, trained and in all, as lines of text."""
-    counts = {group: [0, 0] for group in (*PARTS, "together")}
+def parameter_table(model):
+    """The parameters by group, trained and in all, as lines of text."""
+    counts = {group: [0, 0] for group in (*PARAMETER_GROUPS, "together")}
     for name, parameter in model.named_parameters():
-        part = next(part for part, pattern in PARTS.items() if re.search(pattern, name))
-        for group in (part, "together"):
-            counts[group][0] += parameter.numel() * parameter.requires_grad
+        matching = [group for group, p in PARAMETER_GROUPS.items() if re.search(p, name)]
+        for group in (matching[0], "together"):
+            if parameter.requires_grad:
+                counts[group][0] += parameter.numel()
             counts[group][1] += parameter.numel()
-    lines = [f"{group:18} {trained:12,} {total:12,}" for group, (trained, total) in counts.items()]
-    return "\n".join([f"{'parameters':18} {'trained':>12} {'total':>12}", *lines])
+    lines = [f"{'parameters':18} {'trained':>12} {'total':>12}"]
+    lines += [f"{group:18} {trained:12,} {total:12,}" for group, (trained, total) in counts.items()]
+    return "\n".join(lines)
 
 
-class Progress(NamedTuple):
-    """Where a run stands; kept in last.pt, so that --resume goes on from there."""
-
-    stage: int = 0  # -1: the warm-up without bridges
-    epoch: int = -1  # the one to do next; -1: look at what the stage begins with, train nothing
-    best: float = -1.0  # best Acc@0.5 of the stage so far
-    log: tuple = ()  # lines of log.jsonl
-    step: int = 0  # of the epoch, the one to do next
-    sums: tuple = (0.0,) * len(LOSS_WEIGHTS)  # of the losses over the epoch's steps so far
-    skipped: int = 0  # samples of the epoch whose pictures could not be read
-
-
-def from_all(x):
-    """x [B, ...] of all processes, one after the other; gradients flow into this one's own."""
-    if processes() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(processes())]
-    dist.all_gather(parts, x.detach())
-    parts[rank()] = x
-    return torch.cat(parts)
-
-
-def summed(*numbers):
-    """The sums of some numbers over all processes, which wait for one another here."""
-    sums = torch.tensor(numbers, dtype=torch.float64)
-    if processes() > 1:
-        dist.all_reduce(sums)
-    return sums.tolist()
-
-
-def train_step(parallel, batches, optimizer, learning_rate, weights, context):
-    """One step down the mean gradient over some batches, one after the other (accumulation), and
-    over all processes.
-
-    parallel: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them.
-    weights: of the losses. Returns the losses' means, [len(weights)], NaN where one or the gradient
-    is not finite: then the step has changed nothing. They are on the device still: nothing here
-    waits for a GPU.
-    """
-    model, means = getattr(parallel, "module", parallel), 0
-    for number, batch in enumerate(batches, start=1):
-        # DistributedDataParallel takes the mean over processes in the last backward pass alone
-        early = parallel is not model and number < len(batches)
-        images, tokens, padding = inputs_of(model, batch)
-        boxes, objects = (batch[n].to(images.device, non_blocking=True) for n in ("box", "object"))
-        with parallel.no_sync() if early else nullcontext():
-            with context():
-                output = parallel(images, tokens, padding, for_losses=True)
-            # L_CLC compares the samples of all processes
-            output.image_vectors = from_all(output.image_vectors)
-            output.text_vectors = from_all(output.text_vectors)
-            parts = losses(output, boxes, from_all(objects), model.clip.logit_scale)
-            # each has its own part only of L_CLC's gradient: their sum is needed, not their mean
-            scale = {"clc": processes()}
-            loss = sum(weights[n] * scale.get(n, 1) * parts[n] for n in weights) / len(batches)
-            loss.backward()
-        means = means + torch.stack([parts[n] for n in weights]).detach() / len(batches)
-    if processes() > 1:
-        dist.all_reduce(means)
-        means = means / processes()
-    finite = update(optimizer, learning_rate, means.sum())
-    return means.where(finite, math.nan)
-
-
-def train_epoch(model, loader, order, optimizer, rates, progress, args, context, save):
-    """The rest of an epoch, from progress.step on.
-
-    order: the batches, see data.shuffled; loader: reads those of this process; rates: a learning
-    rate for each step of the epoch; save(progress) writes a checkpoint. Returns the progress, which
-    has the sums of the losses.
-    """
-    stage, epoch, each = progress.stage, progress.epoch, args.accumulate
-    loader.batch_sampler[:] = order[progress.step * each :, rank()].tolist()
-    fetched, unread, saved = iter(loader), [], time.time()
-    title, steps = f"stage {stage}, epoch {epoch}", range(progress.step, len(rates))
-    bar = tqdm(steps, title, len(rates), initial=progress.step, leave=False, disable=rank() > 0)
-    for step in bar:
-        torch.manual_seed(data.seed_from(args.seed, 1 + stage, epoch, step, rank()))  # of dropout
-        batches = list(islice(fetched, each))
-        unread.append(train_step(model, batches, optimizer, rates[step], args.losses, context))
-        bad = sum(int((~batch["read"]).sum()) for batch in batches)
-        stopping, bad = summed(bool(STOP), bad)
-        progress = progress._replace(skipped=progress.skipped + int(bad))
-        due = stopping or step + 1 == len(rates) or time.time() > saved + SAVE_EVERY
-        if due or step % READ_EVERY == 0:
-            for past, values in enumerate(torch.stack(unread).tolist(), progress.step):
-                if not all(map(math.isfinite, values)):
-                    numbers = order[past * each :][:each].flatten().tolist()
-                    raise not_finite(f"{title}, step {past}", loader.dataset, numbers)
-                sums = tuple(map(add, progress.sums, values))
-                progress = progress._replace(step=past + 1, sums=sums)
-            unread = []
-            bar.set_postfix(loss=f"{sum(map(mul, args.losses.values(), values)):.2f}")
-        if due:
-            save(progress)
-            saved = time.time()
-        if stopping:
-            raise KeyboardInterrupt(RESUME)
-    return progress
-
-
-def not_finite(where, dataset, numbers):
-    """The error that says in which step the loss or its gradient was not finite, and for which
-    samples."""
-    samples = [dataset.samples[number] for number in numbers]
-    names = ", ".join(f"{Path(s.image).name} {s.text!r}" for s in samples)
-    what = f"The loss or its gradient is not finite in {where}, which has changed nothing"
-    return HiVGError(f"{what}: try a lower --lr, or look at its samples, {names}.")
-
-
-STOP = []  # when signals came
-RESUME = "the same command with --resume goes on from here"
-
-
-@contextmanager
-def gentle_signals():
-    """Inside, the first Ctrl-C or SIGTERM is noted in STOP, so that the step can come to its end
-    and a checkpoint be written; a second one ends the process at once."""
-
-    def ask(number, frame):
-        # what a terminal has sent to all processes, torchrun sends them once more
-        if STOP and (processes() == 1 or time.time() > STOP[0] + 1):
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        STOP.append(time.time())
-        print("stopping after this step; once more: at once", file=sys.stderr, flush=True)
-
-    usual = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        STOP.clear()
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-
-def start(args, device, context):
-    """A new model on the device: CLIP read (or, for shapes, trained) and HiVG built around it. What
-    `args` leave open is filled in, from the preset for this CLIP and these data sets."""
-    clip_path = args.clip or "ViT-B/16"
-    if args.dataset == ["shapes"] and not args.clip:
-        clip_path = shapes_clip(Path(args.data_root) / "shapes", args.seed, device, context)
-    clip = clip_model.load_clip(str(clip_path))
-    tokenizer = tokenizer_for(clip_path, clip.config.vocab_size)
-    torch.manual_seed(args.seed)
-    kind = "mixture" if len(args.dataset) > 1 or args.dataset == ["mixup"] else args.dataset[0]
-    size = "large" if clip.config.vision_layers == 24 else "base"
-    usual = next(n for n in (kind, f"{size}-{kind}", size) if n in PRESETS)
-    args.preset = args.preset or usual
-    preset = PRESETS[args.preset]
-    if args.without_bridges is None:
-        args.without_bridges = preset.without_bridges
-    # one value is for all stages; G may be more or less than the preset's 3
-    presets = {"epochs": preset.epochs, "lr": preset.rates, "batch_size": preset.batches}
-    for name, values in presets.items():
-        values = getattr(args, name) or values
-        setattr(args, name, [*values, *values[-1:] * args.groups][: 1 + args.groups])
-    authors_name = data.DATASETS[args.dataset[0]].files.get("index", "").split("/")[0]
-    counted = () if kind == "mixture" else TEXT_LAYERS.get(authors_name, (12,))  # as if of twelve
-    text_layers = tuple(math.ceil(i * clip.config.text_layers / 12) for i in counted)
-    fields = {f: v for f, v in vars(args).items() if hasattr(HiVGConfig, f)}
-    chosen = {field: value for field, value in fields.items() if value is not None}
-    config = HiVGConfig(**{"text_layers": text_layers} | preset.model | chosen)
-    return HiVG(config, clip, tokenizer).to(device)
-
-
-def run(args):
-    """Train or measure, alone or as one of several processes."""
-    with joined(args.device) as device:
-        (benchmark if args.benchmark else train_and_evaluate)(args, device)
-
-
-def has_room(output, model):
-    """Raises HiVGError if a folder's disk has no room for the checkpoints of a model."""
-    # best.pt, last.pt and the next one, these two with AdamW's two moments of what is trained
-    copies = ((p, 7 if p.requires_grad else 3) for p in model.parameters())
-    needed = sum(count * p.numel() * p.element_size() for p, count in copies)
-    if shutil.disk_usage(output).free < needed:
-        what = f"{output} has no room for checkpoints, which take up to {needed / 1e9:.1f} GB"
-        raise HiVGError(f"{what}: free some, or name another --output.")
-
-
-def resumed(last, args):
-    """(settings, model, progress, state of the optimizer) of a run, from its last.pt. What the
-    settings in it lack is taken from `args`."""
-    model, content = load_model(last)
-    with explaining(f"{last} is nothing to resume from", "name the --output of a run"):
-        now = {"resume": True, "output": str(last.parent)}
-        args = argparse.Namespace(**vars(args) | content["settings"] | now)
-        found = args, model, Progress(**content["progress"]), content["optimizer"]
-        before = args.processes
-        if args.preset not in PRESETS:
-            raise ValueError(f"there is no preset {args.preset}")
-    if before != processes():
-        raise HiVGError(f"{last} is of a run of {before} processes: start as many.")
-    return found
-
-
-def introduce(args, model, train_set, read, splits, device):
-    """Print a short account of what is going to happen. splits: {data set: those that are there};
-    read: of data set and split."""
-    names, precision = ", ".join(args.dataset), "bf16" if args.bf16 else "fp32"
-    print(f"{names} from {args.data_root} into {args.output}, on {device} in {precision}")
-    for name in args.dataset:
-        source = data.DATASETS[name]
-        for split, published in zip_longest(source.splits.split(), source.counts):
-            there = read(name, split) if split in splits[name] else None
-            words = [f"{len(there):,} expressions", *there.report] if there else ["not there"]
-            words += [f"published: {published:,}"] if published else []
+def print_summary(settings, model, train_set, annotations, device):
+    """Print what the run is going to do."""
+    names = ", ".join(settings.dataset)
+    dtype = autocast_dtype(device) or torch.float32
+    print(f"{names} from {settings.data_root} into {settings.output}, on {device} in {dtype}")
+    for name in settings.dataset:
+        info = data.DATASETS[name]
+        published = dict(zip(info.splits, info.published))
+        for split in info.splits:
+            split_data = annotations[name].get(split)
+            words = [f"{len(split_data.samples):,} expressions" if split_data else "not there"]
+            if split in published:
+                words.append(f"published: {published[split]:,}")
             print(f"  {name} {split:6} {'; '.join(words)}")
-    if len(args.dataset) > 1:
-        print(f"  together {len(train_set):,} to train on; {'; '.join(train_set.report)}")
-    print(f"adapters {model.config.adapters}; losses {args.losses}")
-    print(f"epochs {args.without_bridges} without bridges, then by stage {args.epochs}; ", end="")
-    print(f"rates {args.lr}, batches {args.batch_size}", end="")
-    print(f" on each of {processes()} processes, {args.accumulate} for a step")
-    print(account(model), flush=True)
-
-
-def train_stage(model, loader, val_set, args, progress, optimizer_state, context):
-    """Stage progress.stage from progress.epoch on. Writes best.pt, last.pt and the log into the
-    run's folder; returns the progress.
-
-    loader: of data.batches; optimizer_state: where a run is resumed, else None.
-    """
-    output, train_set, stage = Path(args.output), loader.dataset, progress.stage
-    number = max(0, stage)  # a warm-up without bridges has the warm-up's rate and batches
-    epochs = args.epochs[stage] if stage >= 0 else args.without_bridges
-    most = len(train_set) // (processes() * args.accumulate)
-    if not most:
-        what = f"{len(train_set)} expressions are too few for {processes()} processes"
-        raise HiVGError(f"{what} with --accumulate {args.accumulate}: take fewer.")
-    size, top = min(args.batch_size[number], most), args.lr[number]
-    torch.manual_seed(data.seed_from(args.seed, 1 + stage))  # of new pairs
-    model.enter_stage(stage)
-    model.checkpointing = args.checkpointing
-    if args.compile:
-        torch.compiler.reset()  # it stops compiling what has changed too often
-        model.compile()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    settings = dict(betas=PRESETS[args.preset].betas, weight_decay=WEIGHT_DECAY)
-    optimizer = torch.optim.AdamW(trained, top, fused=True, **settings)
-    if optimizer_state:
-        with explaining(f"The optimizer in {output / 'last.pt'} is another one's", "start anew"):
-            optimizer.load_state_dict(optimizer_state)
-    parallel = model
-    if processes() > 1:
-        parallel = DistributedDataParallel(model, forward_sync_buffers=False)
-
-    def save(progress):
-        if rank() == 0:
-            state = dict(progress=progress._asdict(), optimizer=optimizer.state_dict())
-            save_checkpoint(output / "last.pt", model, settings=vars(args), **state)
-
-    for epoch in range(progress.epoch, epochs):
-        began, line = time.time(), {"stage": stage, "epoch": epoch}
-        if epoch >= 0:
-            numbers = args.seed, 1 + stage, epoch
-            train_set.set_epoch(*numbers)
-            order = data.shuffled(numbers, len(train_set), size, processes())
-            steps = len(order) // args.accumulate
-            places = range(epoch * steps, (epoch + 1) * steps)
-            rates = [rate(place, epochs * steps, top) for place in places]
-            progress = train_epoch(
-                parallel.train(), loader, order, optimizer, rates, progress, args, context, save
-            )
-            means = (round(total / steps, 4) for total in progress.sums)
-            line["losses"] = dict(zip(args.losses, means))
-            line |= {"train_skipped": progress.skipped} if progress.skipped else {}
-        try:
-            line |= evaluate.evaluate(model, val_set, args.workers)
-        except RuntimeError:
-            if STOP:  # a signal that has ended its workers, too
-                raise KeyboardInterrupt(RESUME) from None
-            raise
-        line["seconds"] = round(time.time() - began, 1)
-        acc, best_yet = line["acc"], max(progress.best, line["acc"])
-        progress = Progress(stage, epoch + 1, best_yet, (*progress.log, line))
-        if rank() == 0:
-            if acc == best_yet:  # of equals the later one
-                save_checkpoint(output / "best.pt", model)
-            lines = (json.dumps(entry) + "\n" for entry in progress.log)
-            write_text(output / "log.jsonl", "".join(lines))
-        save(progress)
-        what = f"after epoch {epoch}" if epoch >= 0 else "begins"
-        what += f" ({line['train_skipped']} skipped)" if "train_skipped" in line else ""
-        print(f"stage {stage} {what}: {args.select} Acc@0.5 {acc:.2f} %", flush=True)
-        if any(summed(bool(STOP))):
-            raise KeyboardInterrupt(RESUME)
-    return progress
-
-
-def train_and_evaluate(args, device):
-    """The whole job: data, model, the warm-up and the stages, the evaluation of the best."""
-    output, optimizer_state = Path(args.output), None
-    last, best = output / "last.pt", output / "best.pt"
-    if args.resume and not last.exists():
-        raise HiVGError(f"There is no {last} to resume from: start without --resume.")
-    if args.resume:
-        args, model, progress, optimizer_state = resumed(last, args)
-    elif last.exists():
-        raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
-    else:
-        args.processes = processes()
-        args.bf16 = not any(summed(not bf16_pays(device)))
-    context = partial(torch.autocast, device.type, torch.bfloat16, enabled=args.bf16)
-    with first_process_first():
-        splits = {name: data.available_splits(name, args.data_root) for name in args.dataset}
-        if rank() == 0:
-            evaluate.writable(output)
-            for half in output.glob(".*.part"):  # of an earlier run
-                half.unlink()
-        if not any(args.select in there for there in splits.values()):
-            raise data.nothing_of(args.dataset[0], args.select, args.data_root)
-        if not args.resume:
-            model = start(args, device, context)
-            progress = Progress(stage=-1 if args.without_bridges else 0)
-    model.to(device).enter_stage(progress.stage)
-    config = model.config
-    picture = dict(image_size=config.image_size, mean=config.mean, std=config.std)
-    read = partial(data.GroundingDataset, data_root=args.data_root, **picture)
-    read_quickly = partial(read, cache=not args.augment, skip_bad=args.skip_bad_images)
-    train_set = read_quickly(args.dataset, "train", augment=args.augment)
-    val_set = read_quickly(args.dataset, args.select)
-    introduce(args, model, train_set, read, splits, device)
-    if not args.resume:
-        has_room(output, model)
-    if rank() == 0:
-        used = {"settings": vars(args), "model": asdict(config)}
-        write_text(output / "config.json", json.dumps(used, indent=2))
-
-    signals = signal.SIGINT, signal.SIGTERM
-    loader = data.batches(train_set, [], args.workers, device.type == "cuda", signals)
-    with gentle_signals():
-        while progress.stage < len(args.epochs):
-            progress = train_stage(model, loader, val_set, args, progress, optimizer_state, context)
-            model, optimizer_state = load_model(best)[0].to(device), None  # (D13)
-            progress = Progress(progress.stage + 1, log=progress.log)
-
-    model = load_model(best)[0].to(device).merge()
-    for name in args.dataset:
-        evaluate.evaluate_splits(
-            model, best, name, None, args.data_root, output, args.workers, args.skip_bad_images
-        )
-
-
-def benchmark(args, device):
-    """Print what a step of stage 3, inference and reading take, on made-up input and with random
-    weights."""
-    if processes() > 1:
-        raise HiVGError("--benchmark is for one process: leave torchrun out.")
-    bf16 = bf16_pays(device)
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    context = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    name, size = args.clip or "ViT-B/16", args.batch_size[0] if args.batch_size else 8
-    if name not in clip_model.SIZES:
-        raise HiVGError(f"{name} is no size of CLIP: choose one of {', '.join(clip_model.SIZES)}.")
-    model = evaluate.random_model(name).to(device)
-    model.checkpointing = args.checkpointing
-    if args.compile:
-        model.compile()
-    peak, rows = evaluate.matrix_peak(device, dtype), []
-    batch = evaluate.synthetic(model, size)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
-    step = partial(train_step, model.train(), [batch], optimizer, 1e-6, LOSS_WEIGHTS, context)
-    rows.append(evaluate.measured("training step, stage 3", step, size, device, peak))
-    with context():
-        rows += evaluate.inference_rows(model, size, peak)
-    with tempfile.TemporaryDirectory() as folder:
-        coarse = np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype="u1")
-        Image.fromarray(coarse).resize((640, 480)).save(Path(folder, "a.jpg"), quality=90)
-        line = json.dumps({"image": "a.jpg", "text": "a", "box": [200, 100, 400, 300]})
-        Path(folder, "train.jsonl").write_text(f"{line}\n" * 256)
-        read = partial(data.GroundingDataset, "own", "train", folder, model.config.image_size)
-        for workers in (0, min(8, os.cpu_count())):
-            lists = torch.arange(256).view(-1, 32).tolist()
-            loader = data.batches(read(augment=True), lists, workers, device.type == "cuda")
-            what = f"reading, {workers} workers" if workers else "reading, one core"
-            rows.append(evaluate.measured(what, partial(list, loader), 256, device, peak))
-    print(f"{name} on {device}, {dtype}; ", end="")
-    evaluate.print_benchmark(rows, peak)
-    hours = sum(PRESETS["base"].epochs) * data.DATASETS["refcoco"].counts[0] / rows[0][3] / 3600
-    print(f"at this speed the steps of RefCOCO's whole schedule take {hours:,.1f} hours")
+    print(
+        f"  trained on: {len(train_set):,} expressions"
+        + "".join(f"; {n}" for n in train_set.report)
+    )
+    print(f"adapters {settings.adapters}; losses {settings.loss}")
+    print(
+        f"epochs by stage {stage_epochs(settings)} (-1: without bridges, 0: warm-up), top rates",
+        end=" ",
+    )
+    print(f"{settings.lr} and batches {settings.batch_size} from the warm-up on")
+    step = settings.accumulate * world_size()
+    print(f"a step: {step} batches ({world_size()} processes, {settings.accumulate} each)")
+    print(parameter_table(model), flush=True)
 
 
 def loss_weight(text):
@@ -620,65 +650,74 @@ def loss_weight(text):
     name, _, weight = text.partition("=")
     if name not in LOSS_WEIGHTS:
         raise argparse.ArgumentTypeError(f"{name} is none of {', '.join(LOSS_WEIGHTS)}")
-    return name, at_least(0, float)(weight)
+    return name, evaluate.number_from(0, float)(weight)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawText)
-    add = parser.add_argument
-    # data and weights
-    one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    one_of("--dataset", nargs="+", help=f"one or several of {', '.join(data.DATASETS)}")
-    one_of("--benchmark", action="store_true", help="or measure speed, of --clip's size, by itself")
-    add("--data-root", default="data", help="folder of the data sets (default: data)")
-    add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one trained first)")
-    add("--image-size", type=at_least(1), help="side of the square in pixels (default: CLIP's)")
-    add("--no-augment", action="store_true", help="photographs as they are, kept in memory")
-    add("--skip-bad-images", action="store_true", help="go on without those that cannot be read")
-    # what is trained, and how long: one value for all stages, or one for each
-    add("--preset", choices=PRESETS, help="defaults of the following (default: by CLIP and data)")
-    add("--epochs", type=at_least(0), nargs="+", help="of the warm-up and stages 1 to G; 0: none")
-    add("--lr", type=at_least(0, float), nargs="+", help="top learning rates")
-    add("--batch-size", type=at_least(1), nargs="+", help="expressions in a batch, of one process")
-    add("--accumulate", type=at_least(1), default=1, help="batches for each step (default: 1)")
-    add("--without-bridges", type=at_least(0), help="epochs of a warm-up without bridges, before")
-    add("--loss", type=loss_weight, nargs="+", metavar="NAME=WEIGHT", help=", ".join(LOSS_WEIGHTS))
-    add("--select", default="val", help="split that chooses the best epoch (default: val)")
-    # the model: ablations
-    add("--adapters", choices=HiVGConfig.ADAPTERS, help="of the image tower (default: hilora)")
-    add(
-        "--groups",
-        type=at_least(1),
-        default=3,
-        help="G of HiLoRA, and the number of stages (default: 3)",
+    # flags that are not given are absent: the preset and DEFAULTS, or the stored run, fill them in
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    add("--rank", type=at_least(1), help="of LoRA (default: 32)")
+    add = parser.add_argument
+    count, positive = evaluate.number_from(0), evaluate.number_from(1)
+    real = evaluate.number_from(0, float)
+    # data and weights
+    add("--dataset", nargs="+", required=True, help=f"one or several of {', '.join(data.DATASETS)}")
+    add("--data-root", help="folder of the data sets (default: data)")
+    add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one that is trained first)")
+    add("--image-size", type=positive, help="side of the square in pixels (default: CLIP's)")
+    add("--no-augment", dest="augment", action="store_false", help="images as they are")
+    # what is trained, and how long: one value for all stages, or one for each
+    add(
+        "--preset", choices=PRESETS, help="what fills in the next flags (default: by CLIP and data)"
+    )
+    add("--epochs", type=count, nargs="+", help="of the warm-up and stages 1 to G; 0: leave it out")
+    add("--lr", type=real, nargs="+", help="top learning rates")
+    add("--batch-size", type=positive, nargs="+", help="expressions in a batch, of one process")
+    add(
+        "--accumulate",
+        type=positive,
+        help="batches for each step (default: 7 / processes; own, shapes: 1)",
+    )
+    add("--without-bridges", type=count, help="epochs without bridges, before the warm-up")
+    add("--loss", type=loss_weight, nargs="+", metavar="NAME=WEIGHT", help=", ".join(LOSS_WEIGHTS))
+    add("--select", help="split that chooses the best epoch (default: val)")
+    # the model: ablations
+    add("--adapters", choices=("hilora", "vanilla", "none"), help="of the image tower")
+    add("--groups", type=positive, help="G of HiLoRA, and the number of stages (default: 3)")
+    add("--rank", type=positive, help="of LoRA (default: 32)")
     add("--targets", nargs="+", help="of LoRA: attn.in_proj attn.out_proj (default) and the like")
-    add("--visual-layers", type=at_least(1), nargs="+", help="V, the multi-level features")
-    add("--bridge-layers", type=at_least(1), nargs="+", help="C, the layers with a bridge")
+    add("--visual-layers", type=positive, nargs="+", help="V, the multi-level features")
+    add("--bridge-layers", type=positive, nargs="+", help="C, the layers with a bridge")
     add("--no-bridges", dest="bridge_layers", action="store_const", const=())
-    add("--text-layers", type=at_least(1), nargs="+", help="f^i that the bridges read")
+    add("--text-layers", type=positive, nargs="+", help="f^i that the bridges read")
     # memory and speed
     add("--checkpointing", action="store_true", help="less memory, longer steps: layers run twice")
     add("--compile", action="store_true", help="let torch.compile make the steps faster")
     # the run
     add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
-    add("--resume", action="store_true", help="go on from OUTPUT/last.pt, with its settings")
-    add("--seed", type=at_least(0), default=0, help="of all that is random (default: 0)")
+    add("--resume", action="store_true", help="continue from OUTPUT/last.pt, if it is there")
+    add("--seed", type=count, help="of all that is random (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--workers", type=at_least(0), help="processes that read photographs (default: 8 at most)")
-    args = parser.parse_args()
-    args.dataset = list(dict.fromkeys(args.dataset or ()))
-    shapes = args.dataset == ["shapes"]
-    args.augment = not (shapes or args.no_augment)  # shapes are kept in memory: there are plenty
-    args.output = args.output or f"runs/{'_'.join(args.dataset)}"
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if args.augment else 0
-    args.losses = LOSS_WEIGHTS | dict(args.loss or ())
-    for name in ("epochs", "lr", "batch_size"):
-        if len(getattr(args, name) or ()) not in (0, 1, 1 + args.groups):
-            parser.error(f"--{name.replace('_', '-')} takes one value or {1 + args.groups}")
-    exit_with(run, args)
+    add("--workers", type=count, help="processes that read images (default: one a CPU, 8 at most)")
+    given = vars(parser.parse_args())
+    given["dataset"] = list(dict.fromkeys(given["dataset"]))
+    given.setdefault("output", f"runs/{'_'.join(given['dataset'])}")
+    if "loss" in given:
+        given["loss"] = dict(given["loss"])
+    for name in ("visual_layers", "bridge_layers", "text_layers"):
+        if name in given:
+            given[name] = tuple(sorted(set(given[name])))
+    if "targets" in given:
+        given["targets"] = tuple(given["targets"])
+    for name in PER_STAGE:
+        stages = 1 + given.get("groups", DEFAULTS["groups"])
+        if len(given.get(name, [0])) not in (1, stages):
+            parser.error(f"--{name.replace('_', '-')} takes one value or {stages}")
+    hint = "the same command with --resume continues after the last finished epoch"
+    clip_model.run_main(run, given, after_ctrl_c=hint)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,14 @@ def clip_vocabulary(shared):
     """CLIP's own vocabulary, where a download would have put it."""
     cache = Path(os.environ["CLIP_CACHE"])
     cache.mkdir()
-    (cache / "bpe_simple_vocab_16e6.txt.gz").symlink_to(
-        shared / "golden" / "bpe_simple_vocab_16e6.txt.gz"
-    )
+    name = "bpe_simple_vocab_16e6.txt.gz"
+    (cache / name).symlink_to(shared / "golden" / name)
     return cache
+
+
+def close(found, expected, tolerance=1e-5):
+    """Equal to an absolute tolerance; tensors, or tuples of them."""
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 
 # ------------------------------------------------------------------------------- a tiny CLIP and HiVG
@@ -118,15 +122,9 @@ def hugging_face_state(clip):
     for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
         for i, block in enumerate(blocks.resblocks):
             prefix = f"{tower}encoder.layers.{i}."
-            modules[prefix + "layer_norm1"], modules[prefix + "layer_norm2"] = (
-                block.ln_1,
-                block.ln_2,
-            )
-            modules[prefix + "mlp.fc1"], modules[prefix + "mlp.fc2"] = (
-                block.mlp.c_fc,
-                block.mlp.c_proj,
-            )
-            modules[prefix + "self_attn.out_proj"] = block.attn.out_proj
+            names = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.out_proj")
+            parts = (block.ln_1, block.ln_2, block.mlp.c_fc, block.mlp.c_proj, block.attn.out_proj)
+            modules |= {prefix + name: part for name, part in zip(names, parts)}
             for kind in ("weight", "bias"):
                 for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
                     state[f"{prefix}self_attn.{name}_proj.{kind}"] = part
@@ -138,11 +136,10 @@ def hugging_face_state(clip):
 def tiny_model(tokenizer, stage=0, seed=0, **settings):
     """HiVG around the tiny CLIP in the given stage, eval mode: no parameter is zero, but for the B
     matrices of the newest pairs and the adaptive weights w of a fresh model."""
-    clip = tiny_clip(seed)
     sizes = {"image_size": 64, "grounding_layers": 2, "heads": 4, "feedforward": 64, "rank": 4}
     sizes |= {"region_width": 64, "dropout": 0.0, "lora_dropout": 0.0}
     config = HiVGConfig(**{"text_layers": (1, 3)} | sizes | settings)
-    model = HiVG(config, clip, tokenizer)
+    model = HiVG(config, tiny_clip(seed), tokenizer)
     for bridge in model.bridges.values():
         shake(bridge.mlp, 0.1, seed)
     for later in range(1, stage + 1):
@@ -172,13 +169,17 @@ def tiny_batch(model, texts=("red one", "blue !; one", "the big red one on the l
 
 
 class Python2Pickler(pickle._Pickler):
-    """Writes str as Python 2 wrote its byte strings, in latin-1; RefCOCO's refs were made that way."""
+    """Writes str as Python 2 wrote its byte strings, in latin-1, by protocol 0, 1 or 2; RefCOCO's
+    refs were made that way."""
 
     dispatch = dict(pickle._Pickler.dispatch)
 
     def save_str(self, text):
         content = text.encode("latin-1")
-        self.write(b"T" + struct.pack("<I", len(content)) + content)
+        if self.bin:
+            self.write(b"T" + struct.pack("<I", len(content)) + content)
+        else:
+            self.write(b"S" + repr(content)[1:].encode("ascii") + b"\n")
         self.memoize(text)
 
     dispatch[str] = save_str
@@ -230,10 +231,7 @@ def refer_root(tmp_path_factory):
         x, y, side = 5 + 7 * (i % 3), 3 + 4 * (i % 4), 14 + 2 * (i % 5)
         colour = ("red", "blue")[i % 2]
         picture = plain_picture(60, 40, (x, y, x + side, y + side), colour)
-        row = {"bbox": [float(v) for v in (x, y, side, side)], "image": picture}
-        row |= {
-            "split": ["train", "val", "testA"][(i >= 8) + (i >= 12)],
-            "texts": [f"{colour} one"],
-        }
-        rows.append(row)
+        split = "train" if i < 8 else "val" if i < 12 else "testA"
+        row = {"bbox": [float(x), float(y), float(side), float(side)], "image": picture}
+        rows.append(row | {"split": split, "texts": [f"{colour} one"]})
     return make_refer(tmp_path_factory.mktemp("refer"), rows)

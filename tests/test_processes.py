@@ -1,6 +1,7 @@
-"""Several processes do what one does: gradients, evaluation, whole runs, and the end of one of them."""
+"""N processes do what one does that accumulates N batches: gradients, steps, evaluation, runs."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,37 +19,36 @@ import train
 from clip_model import Tokenizer
 
 ROOT = Path(train.__file__).parent
-WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
 
 
-def five_steps(vocabulary, root, size, accumulate, weights):
-    """(gradients of the first step, parameters after five, losses, boxes of val) of a tiny model in stage 2."""
-    model = tiny_model(Tokenizer(vocabulary), stage=2).train()
+def five_steps(vocabulary, root, accumulate):
+    """(gradients of the first step, parameters after five, losses, boxes of val) of a tiny model in
+    stage 2, with dropout; a step is two batches of two."""
+    model = tiny_model(Tokenizer(vocabulary), stage=2, dropout=0.1, lora_dropout=0.1).train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), 1e-3, eps=1e-3, fused=True)
-    dataset = data.GroundingDataset("refcoco", "train", root, 64)
-    order = data.shuffled((0, 1, 2), len(dataset), size, train.processes())
-    loader = data.batches(dataset, order[:, train.rank()].tolist())
-    gradients, losses = {}, []
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    dataset = evaluate.open_split(model, "refcoco", "train", root)
+    parallel, gradients, losses = model, {}, []
+    if train.world_size() > 1:
+        parallel = DistributedDataParallel(model, forward_sync_buffers=False)
 
-    def update(*given, real=train.update):
-        gradients.setdefault(0, {name: p.grad.clone() for name, p in trained.items()})
-        return real(*given)
+    def remember(optimizer, args, kwargs):
+        if not gradients:
+            gradients.update({name: p.grad.clone() for name, p in trained.items()})
 
-    together = model
-    if train.processes() > 1:
-        together = DistributedDataParallel(model, forward_sync_buffers=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "update", update)
-        for _ in range(5):
-            batches = [batch for batch, _ in zip(loader, range(accumulate))]
-            how = optimizer, 1e-3, weights, torch.enable_grad  # in the place of autocast
-            losses.append(train.train_step(together, batches, *how))
-    val = data.GroundingDataset("refcoco", "val", root, 64)
-    val.samples = val.samples * 2 + val.samples[:1]  # nine, which two processes cannot share evenly
-    val.objects = val.objects * 2 + val.objects[:1]
-    boxes = evaluate.predict(model, val, batch_size=2)
-    return gradients[0], trained, torch.stack(losses), boxes
+    optimizer.register_step_pre_hook(remember)
+    for step in range(5):
+        batches = data.epoch_batches((0, step), len(dataset), 2, 2)[:2]
+        numbers = range(train.process_rank(), 2, train.world_size())
+        reader = data.read_batches(dataset, batches[numbers].tolist())
+        given = list(reader), list(numbers), optimizer, scaler, train.LOSS_WEIGHTS
+        assert len(given[0]) == accumulate
+        losses.append(train.mean_over_processes(train.train_step(parallel, *given)))
+    val = evaluate.open_split(model, "refcoco", "val", root)
+    rows = [*val.samples] * 2 + [val.samples[0]]  # nine, which two processes cannot share evenly
+    val.samples = data.PackedSamples(rows)
+    return gradients, trained, torch.stack(losses), evaluate.predict(model, val, batch_size=2)
 
 
 def one_of_two(number, folder, *work):
@@ -60,39 +60,26 @@ def one_of_two(number, folder, *work):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_make_the_steps_of_one(vocabulary, refer_root, tmp_path, accumulate):
-    """Gradients of the first step, parameters after five, losses and a split's boxes are those of one process with the same
-    batch, L_CLC among them; with accumulation as well."""
+def test_two_processes_make_the_steps_of_one(vocabulary, refer_root, tmp_path):
+    """Gradients of the first step, parameters after five, losses and a split's boxes are those of
+    one process that accumulates two batches, with dropout and L_CLC."""
     work = vocabulary, refer_root
-    shared = tmp_path, *work, 4 // accumulate, accumulate, WEIGHTS
-    torch.multiprocessing.spawn(one_of_two, shared, nprocs=2)
-    one = five_steps(*work, 8 // accumulate, accumulate, WEIGHTS)
+    torch.multiprocessing.spawn(one_of_two, (tmp_path, *work, 1), nprocs=2)
+    gradients, parameters, losses, boxes = five_steps(*work, 2)
     for number in range(2):
-        gradients, parameters, losses, boxes = torch.load(tmp_path / f"{number}.pt")
-        for name, gradient in one[0].items():
-            torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=1e-6)
-        for name, parameter in one[1].items():
-            torch.testing.assert_close(parameters[name], parameter, atol=1e-5, rtol=0, msg=name)
-        torch.testing.assert_close(losses, one[2], atol=1e-5, rtol=0)
-        for ours, theirs in zip(boxes, one[3]):
-            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert any(gradient.abs().max() > 1e-3 for gradient in one[0].values())
-
-
-def test_accumulation_is_one_larger_batch(vocabulary, refer_root):
-    """Without L_CLC, which is over each batch, two batches for a step are one of twice the size."""
-    weights = WEIGHTS | {"clc": 0.0}
-    one, two = (five_steps(vocabulary, refer_root, 8 // n, n, weights) for n in (1, 2))
-    for name, gradient in one[0].items():
-        torch.testing.assert_close(two[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+        theirs = torch.load(tmp_path / f"{number}.pt")
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(theirs[0][name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(theirs[1][name], parameter, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(theirs[2], losses, atol=1e-5, rtol=0)
+        torch.testing.assert_close(theirs[3], boxes, atol=1e-5, rtol=0)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
 
 
 SCRIPT = """
 import os, signal, sys
 import train
-train.PRESETS["base"] = train.PRESETS["base"]._replace(model=dict(dropout=0.0, lora_dropout=0.0))
-train.bf16_pays = lambda device: False
 steps, real = [], train.train_step
 def step(*given):
     steps.append(1)
@@ -105,7 +92,8 @@ train.main()
 
 
 def torchrun(folder, words, **environment):
-    """train.py in two processes: (exit status, what they print). In DIES one may be named that is killed in its fifth step."""
+    """train.py in two processes: (exit status, what they print). DIES names one that is killed in
+    its fifth step."""
     (folder / "script.py").write_text(SCRIPT)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -120,41 +108,51 @@ def torchrun(folder, words, **environment):
     return done.returncode, done.stdout
 
 
-@pytest.fixture(scope="module")
-def two(refer_root, clip_file, tmp_path_factory):
-    """A run of two processes that nothing stopped: (its folder, what it prints, its words)."""
-    folder = tmp_path_factory.mktemp("two")
-    words = words_of(refer_root, clip_file, folder / "run")
+def short_words(refer_root, clip_file, output, accumulate):
+    """Two stages of two epochs; a step is two batches of two."""
+    words = words_of(refer_root, clip_file, output, "--groups", 1, "--workers", 0)
     words[words.index("--batch-size") + 1] = 2
-    code, printed = torchrun(folder, words)
-    assert code == 0, printed
-    return folder / "run", printed, words
+    words[words.index("--accumulate") + 1] = accumulate
+    return words
 
 
-def test_a_run_of_two_processes(monkeypatch, refer_root, clip_file, tmp_path, two):
-    """torchrun train.py: the log is that of one process with the same batches, what is printed is
-    printed once, and the first process alone writes."""
-    output, printed, _ = two
-    preset = train.PRESETS["base"]._replace(model=dict(dropout=0.0, lora_dropout=0.0))
-    monkeypatch.setattr(train, "bf16_pays", lambda device: False)
-    monkeypatch.setitem(train.PRESETS, "base", preset)
-    assert command(monkeypatch, train, *words_of(refer_root, clip_file, tmp_path)) is None
-    assert printed.count("stage 3 after epoch 1") == 1
-    assert sorted(os.listdir(output)) == sorted(os.listdir(tmp_path))
-    for ours, theirs in zip(log_of(output), log_of(tmp_path), strict=True):
-        assert ours.pop("losses", {}) == pytest.approx(theirs.pop("losses", {}), abs=2e-2)
-        assert ours.pop("miou") == pytest.approx(theirs.pop("miou"), abs=0.5)
+@pytest.fixture(scope="module")
+def one(refer_root, clip_file, tmp_path_factory):
+    """The folder of a run of one process that accumulates two batches."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        assert command(patch, train, *short_words(refer_root, clip_file, output, 2)) is None
+    return output
+
+
+def assert_same_log(output, one):
+    for ours, theirs in zip(log_of(output), log_of(one), strict=True):
+        assert ours.pop("losses", {}) == pytest.approx(theirs.pop("losses", {}), abs=2e-3)
+        assert ours.pop("miou") == pytest.approx(theirs.pop("miou"), abs=0.1)
         assert ours == theirs
 
 
-def test_a_process_that_dies_ends_the_run(tmp_path, two):
-    """The other one does not wait for it for ever, and says that it is gone; --resume, with two
-    processes again, ends as the run that nothing stopped."""
-    whole, _, words = two
-    words = [tmp_path / "run" if word == whole else word for word in words]
-    code, printed = torchrun(tmp_path, words, DIES="1")
-    assert code != 0 and "has lost another one" in printed, printed
-    assert len(log_of(tmp_path / "run")) < len(log_of(whole))
-    code, printed = torchrun(tmp_path, [*words, "--resume"])
+def test_a_run_of_two_processes(refer_root, clip_file, tmp_path, one):
+    """torchrun train.py: the log is that of one process with --accumulate 2, dropout included; what
+    is printed is printed once, and the first process alone writes."""
+    code, printed = torchrun(tmp_path, short_words(refer_root, clip_file, tmp_path / "run", 1))
     assert code == 0, printed
-    assert log_of(tmp_path / "run") == log_of(whole)
+    assert printed.count("stage 1 after epoch 1") == 1
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(one))
+    assert_same_log(tmp_path / "run", one)
+
+
+def test_a_process_that_dies_ends_the_run(
+    monkeypatch, refer_root, clip_file, tmp_path, one, capsys
+):
+    """The other process does not wait for it for ever; --resume, here with one process that
+    accumulates, ends as the run that nothing stopped."""
+    words = short_words(refer_root, clip_file, tmp_path / "run", 1)
+    code, printed = torchrun(tmp_path, words, DIES="1")
+    assert code != 0 and str(-signal.SIGKILL) in printed, printed
+    assert 0 < len(log_of(tmp_path / "run")) < len(log_of(one))
+    line = ["--dataset", "refcoco", "--output", tmp_path / "run", "--resume"]
+    assert command(monkeypatch, train, *line, "--accumulate", 3).startswith("error: ")
+    assert command(monkeypatch, train, *line) is None
+    assert "(1 processes, 2 each)" in capsys.readouterr().out
+    assert_same_log(tmp_path / "run", one)
