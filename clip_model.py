@@ -603,7 +603,10 @@ def read_safetensors(path):
 
 class HiVGError(Exception):
     """An error that the user can mend: one sentence on what is wrong, with which file, and the way
-    out. `run_main` prints it without a traceback."""
+    out. `run_main` prints it, on one line, without a traceback."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))
 
 
 # fmt: off
@@ -625,8 +628,7 @@ def user_error(what, hint, errors=READING_ERRORS):
         yield
     except errors as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        reason = " ".join(reason.split())[:500]
-        raise HiVGError(f"{what} ({reason}): {hint}.") from error
+        raise HiVGError(f"{what} ({reason[:500]}): {hint}.") from error
 
 
 @contextmanager

@@ -203,7 +203,7 @@ class GroundingDataset(Dataset):
     tokens  int64 [77], only if there is a tokenizer
     text    str
     box     float32 [4]: cx, cy, w, h, 0..1, of the padded square
-    object  int64: a number, the same for all expressions of one object (image and box)
+    object  int: a number, the same for all expressions of one object (image and box)
 
     name: a data set, or a list of several, whose samples follow one another. Of several, training
     expressions are left out if their image is in a val or test split of another of them.
@@ -522,7 +522,7 @@ def read_refer(paths):
     boxes = {annotation["id"]: annotation["bbox"] for annotation in instances["annotations"]}
     images = {image["id"]: image for image in instances["images"]}
     for split in paths:
-        yield split, ((r, images, boxes) for r in refs if r["split"] == split)
+        yield split, ((r, images, boxes) for r in refs if r.get("split") == split)
 
 
 def without_polygons(value):
@@ -593,7 +593,7 @@ def mdetr_entry(record):
 def read_own(paths):
     """One's own data: a JSON object on each line."""
     for split, path in paths.items():
-        yield split, Path(path).read_text(encoding="utf-8").rstrip().splitlines()
+        yield split, Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
 
 
 def own_entry(record):
@@ -679,16 +679,20 @@ def read_annotations(name, data_root, splits=None):
     if family == "index":  # their boxes are x, y, width, height for COCO's images alone
         to_entry = functools.partial(index_entry, box_is_xywh=info.images == "coco")
     listing = functools.cache(list_folder)
-    where = " or ".join(sorted(set(paths.values())))
+    collecting = gc.isenabled()
     gc.disable()  # it would look through millions of new objects again and again
     try:
-        with user_error(f"{where} cannot be read", info.help):
-            for split, records in read(paths):
-                split_data = read_split(records, to_entry, paths[split], info, data_root, listing)
-                if split_data.expressions:
-                    result[split] = split_data
+        for path in dict.fromkeys(paths.values()):
+            in_this_file = {split: path for split in paths if paths[split] == path}
+            where = f"{path} or instances.json beside it" if family == "refer" else path
+            with user_error(f"{where} cannot be read", info.help):
+                for split, records in read(in_this_file):
+                    split_data = read_split(records, to_entry, path, info, data_root, listing)
+                    if split_data.expressions:
+                        result[split] = split_data
     finally:
-        gc.enable()
+        if collecting:
+            gc.enable()
     return result
 
 
@@ -699,7 +703,7 @@ def read_split(records, to_entry, path, info, data_root, listing):
     try:
         for number, record in enumerate(records, start=1):
             entry = to_entry(record)
-            texts = [text.strip().lower() for text in entry.texts]
+            texts = [str.strip(text).lower() for text in entry.texts]  # bytes are an error
             expressions += len(texts)
             x1, y1, x2, y2 = map(float, entry.box)  # fractions are kept (D12)
             width, height = entry.size or (math.inf, math.inf)
@@ -846,7 +850,8 @@ def to_rgb(image):
     """A PIL image of any mode as RGB: alpha is laid over white, numbers of 16 or 32 bits and floats
     are scaled to 8 bits by the smallest usual range that holds them."""
     if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        values = values - min(0, values.min())
         ranges = [white for white in (1, 255, 4095, 65535) if values.max() <= white]
         white = ranges[0] if ranges else values.max()
         image = Image.fromarray((255 * values / white).clip(0, 255).astype(np.uint8))
@@ -1334,7 +1339,8 @@ def download_and_unpack(url, data_root, folder, prefix=""):
     archive, folder = Path(data_root, url.rsplit("/", 1)[1]), Path(data_root, folder)
     if not archive.exists():  # it is there if an earlier run was stopped while it unpacked
         clip_model.download(url, archive)
-    damage = (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError)
+    damage = (zipfile.BadZipFile, tarfile.TarError, shutil.ReadError, gzip.BadGzipFile)
+    damage += (zlib.error, EOFError)
     hint = "free some room or name another --data-root, and run it again"
     print(f"unpacking {archive}", flush=True)
     with (
@@ -1345,6 +1351,9 @@ def download_and_unpack(url, data_root, folder, prefix=""):
             if zipfile.is_zipfile(archive):
                 shutil.unpack_archive(archive, unpacked, "zip")
             else:
+                with gzip.open(archive) as content:  # its checksum is at its end, where tar stops
+                    while content.read(2**20):
+                        pass
                 shutil.unpack_archive(archive, unpacked, "gztar", filter="data")
         except damage as error:
             archive.unlink()
