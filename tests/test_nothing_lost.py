@@ -165,6 +165,14 @@ def test_flags_that_do_not_change_the_result_take_effect(monkeypatch, stopped, t
     assert len(log_of(moved)) == len(log_of(whole))
 
 
+def test_a_run_goes_on_another_kind_of_device(monkeypatch, stopped):
+    """What began in float32 can be resumed where float16 is computed, and ends."""
+    output, words = stopped
+    monkeypatch.setattr(train, "autocast_dtype", lambda device: torch.float16)
+    assert command(monkeypatch, train, *words, "--resume") is None
+    assert len(log_of(output)) == 7 and torch.load(output / "last.pt")["scaler"]
+
+
 @pytest.mark.parametrize(
     "flags",
     [
