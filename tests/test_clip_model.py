@@ -162,6 +162,7 @@ def test_positional_embedding_is_resized_bicubically_and_antialiased(image_size)
     """Smaller and larger grids are those of Pillow's bicubic filter, which is antialiased; [CLS]
     and the same size are left alone; a size that patches do not fill is refused."""
     clip, side = tiny_clip(image_size=80, patch_size=16), image_size // 16
+    other = CLIP(clip.config)
     before = clip.visual.positional_embedding.data.clone()
     clip.resize_positional_embedding(image_size)
     after = clip.visual.positional_embedding.detach()
@@ -171,7 +172,7 @@ def test_positional_embedding_is_resized_bicubically_and_antialiased(image_size)
         picture = Image.fromarray(before[..., channel].numpy().copy())
         expected = np.array(picture.resize((side, side), Image.BICUBIC))
         close(after[..., channel], torch.from_numpy(expected), 1e-4)
-    assert clip.config.image_size == image_size
+    assert clip.config.image_size == image_size and other.config.image_size == 80
     assert clip.encode_image(torch.randn(1, 3, image_size, image_size)).shape == (1, 64)
     with pytest.raises(HiVGError, match="100"):
         clip.resize_positional_embedding(100)
@@ -209,6 +210,8 @@ def save_torchscript(clip, path):
             if not hasattr(at, module):
                 at.add_module(module, nn.Module())
             at = getattr(at, module)
+        if tensor.dim() == 2:  # stored column by column
+            tensor = tensor.T.contiguous().T
         at.register_buffer(last, tensor.half() if "weight" in name else tensor)
     torch.jit.save(torch.jit.script(root), path)
 
@@ -231,6 +234,7 @@ def test_load_clip_reads_torchscript_in_half_precision(tmp_path):
     save_torchscript(clip, tmp_path / "archive.pt")
     again = load_clip(tmp_path / "archive.pt").state_dict()
     assert again.keys() == clip.state_dict().keys()
+    assert {tensor.dtype for tensor in again.values()} == {torch.float32}
     for name, tensor in clip.state_dict().items():
         assert torch.equal(again[name], tensor.half().float() if "weight" in name else tensor), name
 
