@@ -34,6 +34,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import sys
 import urllib.error
 import urllib.request
@@ -254,16 +255,20 @@ class Tokenizer:
 
     merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
     or an open text file. The ids are: 256 symbols, the same 256 at the end of a word, one for each
-    merge, the start token, the end token. Raises HiVGError if the file cannot be read.
+    merge, the start token, the end token. Raises HiVGError if a path cannot be read, ValueError for
+    an open file without merges.
     """
 
     def __init__(self, merges_file):
-        with user_error(f"The vocabulary {merges_file} cannot be read", "download it again"):
-            self.merges_text = read_text(merges_file)  # checkpoints contain it
-            lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
-            merges = [tuple(line.split()) for line in lines]
-            if any(len(merge) != 2 for merge in merges):
-                raise ValueError("a line is not two symbols")
+        if isinstance(merges_file, io.TextIOBase):
+            self.merges_text = merges_file.read()  # checkpoints contain it
+            merges = parse_merges(self.merges_text)
+        else:
+            with user_error(f"The vocabulary {merges_file} cannot be read", "download it again"):
+                opener = gzip.open if str(merges_file).endswith(".gz") else open
+                with opener(merges_file, "rt", encoding="utf-8") as file:
+                    self.merges_text = file.read()
+                merges = parse_merges(self.merges_text)
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())
@@ -331,13 +336,12 @@ def merge_pair(parts, pair):
     return merged
 
 
-def read_text(file):
-    """The text of a path (plain or .gz) or of an open text file."""
-    if isinstance(file, io.TextIOBase):
-        return file.read()
-    opener = gzip.open if str(file).endswith(".gz") else open
-    with opener(file, "rt", encoding="utf-8") as opened:
-        return opened.read()
+def parse_merges(text):
+    """The merges of a merges file, a list of (symbol, symbol). Raises ValueError for other text."""
+    merges = [tuple(line.split()) for line in text.strip().split("\n")[1 : MAX_MERGES + 1]]
+    if any(len(merge) != 2 for merge in merges):
+        raise ValueError("a line of the vocabulary is not two symbols")
+    return merges
 
 
 @functools.cache
@@ -393,6 +397,8 @@ def load_clip(name_or_path):
         if "model" in state:  # the authors' adapted CLIP; its bridges, if any, are left out
             state = merge_authors_lora(state["model"])
             state = {name: tensor for name, tensor in state.items() if ".cross_" not in name}
+        if any(".lora_" in name for name in state):
+            raise ValueError("it has LoRA pairs, whose alpha it does not tell: merge them first")
         if any(name.startswith("vision_model.") for name in state):
             state = hugging_face_to_openai(state)
         state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
@@ -612,8 +618,8 @@ class HiVGError(Exception):
 # fmt: off
 READING_ERRORS = (  # what the readers of damaged or missing files raise
     OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, RuntimeError,
-    ArithmeticError, MemoryError, StopIteration, pickle.UnpicklingError, zipfile.BadZipFile,
-    zlib.error, http.client.HTTPException,
+    ArithmeticError, AssertionError, MemoryError, StopIteration, pickle.UnpicklingError,
+    struct.error, zipfile.BadZipFile, zlib.error, http.client.HTTPException,
 )
 # fmt: on
 
@@ -636,7 +642,8 @@ def atomic_write(path):
     """Yield a temporary path and rename it to `path` on success: nobody sees half a file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with user_error(f"{path} cannot be written", "name another place", errors=(OSError,)):
+    errors = (OSError, RuntimeError)  # torch.save raises RuntimeError if the disk is full
+    with user_error(f"{path} cannot be written", "free some room or name another place", errors):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary

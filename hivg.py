@@ -71,6 +71,8 @@ class HiVGConfig:
             filled.visual_layers = V
         if filled.bridge_layers is None:
             filled.bridge_layers = C
+        filled.visual_layers = tuple(sorted(set(filled.visual_layers)))
+        filled.bridge_layers = tuple(sorted(set(filled.bridge_layers)))
         if filled.text_layers is None:
             filled.text_layers = (clip_config.text_layers,)
         return filled

@@ -279,6 +279,7 @@ def test_other_files_are_told_by_name(tmp_path):
     files = {
         "list.safetensors": (2).to_bytes(8, "little") + b"[]",
         "text.pt": b"not weights\n",
+        "short.pt": b"\x80\x02X",
         "list.pt": [1, 2],
         "tensor.pt": torch.zeros(3),
         "numbers.pt": {"visual.conv1.weight": 3},
