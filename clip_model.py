@@ -256,7 +256,7 @@ class Tokenizer:
     merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
     or an open text file. The ids are: 256 symbols, the same 256 at the end of a word, one for each
     merge, the start token, the end token. Raises HiVGError if a path cannot be read, ValueError for
-    an open file without merges.
+    an open file with a line that is not two symbols.
     """
 
     def __init__(self, merges_file):
@@ -337,7 +337,7 @@ def merge_pair(parts, pair):
 
 
 def parse_merges(text):
-    """The merges of a merges file, a list of (symbol, symbol). Raises ValueError for other text."""
+    """The merges of a merges file, a list of (symbol, symbol). Raises ValueError for others."""
     merges = [tuple(line.split()) for line in text.strip().split("\n")[1 : MAX_MERGES + 1]]
     if any(len(merge) != 2 for merge in merges):
         raise ValueError("a line of the vocabulary is not two symbols")

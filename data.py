@@ -10,7 +10,7 @@ An image is scaled and padded to the square that the model sees; boxes go with i
 
 Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
 robust reading of images, the shapes data set (which is generated), check and download. This file
-knows no model: of clip_model.py it takes errors, download and PlainUnpickler.
+knows no model: of clip_model.py it takes errors, download, PlainUnpickler and merge_pair.
 
 Boxes are x1, y1, x2, y2 in pixels of the image as stored, except where a docstring says cx, cy, w,
 h: those are 0..1 of the padded square.
@@ -135,9 +135,14 @@ def normalise(images, inner, mean, std):
     columns = (left <= pixels) & (pixels < left + width)  # [B, S]
     rows = (top <= pixels) & (pixels < top + height)
     padding = ~(rows[:, :, None] & columns[:, None, :])  # [B, S, S]
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(3, 1, 1)
+    mean, std = channels(tuple(mean), images.device), channels(tuple(std), images.device)
     return ((images / 255 - mean) / std).masked_fill(padding[:, None], 0.0), padding
+
+
+@functools.cache  # to copy the numbers to a GPU again for every batch would make the CPU wait
+def channels(values, device):
+    """Three numbers -> tensor [3, 1, 1] on the device."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -148,10 +153,10 @@ PLACE_WORDS = ("left", "right", "top", "bottom", "middle")  # also inside leftmo
 def random_geometry(rng, size, box, text, side):
     """A random crop, scale and position for training.
 
-    rng: a random.Random; size: width, height; side: S. The crop is that of the authors: the short
-    side is scaled to 400, 500 or 600, and 384 to 600 pixels a side are cut out. Here it is computed
-    in the image's own pixels, so that the image is resized only once. It contains the centre of the
-    box. A text with one of PLACE_WORDS gets no crop, which could make it wrong.
+    rng: a random.Random; size: width, height; side: S. The crop has the sizes of the authors' (D16):
+    the short side is scaled to 400, 500 or 600, and 384 to 600 pixels a side are cut out. Here it
+    is computed in the image's own pixels, so that the image is resized only once. It contains the
+    centre of the box. A text with one of PLACE_WORDS gets no crop, which could make it wrong.
     """
     region = (0, 0, *size)
     if rng.random() < 0.5 and not any(word in text for word in PLACE_WORDS):
@@ -335,13 +340,16 @@ def epoch_batches(numbers, samples, batch_size, multiple=1):
 
 
 def mix_seed(*numbers):
-    """A seed that follows from whole numbers below 2^32; different numbers, different seeds."""
+    """A seed that follows from whole numbers below 2^32. Other numbers give another seed, but zeros
+    at their end do not count."""
     return int(np.random.default_rng(numbers).integers(2**62))
 
 
-def default_workers():
+def default_workers(names):
     """Reading processes for this process: the CPUs that it may use, shared by the processes that
-    torchrun started on this machine; 8 at most."""
+    torchrun started on this machine; 8 at most. None for shapes, whose images stay in memory."""
+    if list(names) == ["shapes"]:
+        return 0
     cpus = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cpus = len(os.sched_getaffinity(0))
@@ -884,7 +892,8 @@ def decode_region(path, image, geometry):
 #     expressions  "the red circle"  "right most red thing"  "large one left of the small box"
 #     caption      "a big red circle on the left and a blue square"    (to train CLIP on)
 #
-# Every expression is proven to be true of exactly one shape, by a clear margin: see `holds`.
+# Every expression is proven to be true of exactly one shape; places and relations by a clear margin,
+# see `holds`.
 
 SIDE = 80  # pixels of an image; it is drawn at twice that and reduced
 MIN_DEGREE, MIN_LEAD = 0.12, 0.10  # margins of an expression, in shares of the side: see `holds`
@@ -943,7 +952,8 @@ class Wording(NamedTuple):
 
 
 def one_sided(along, across):
-    """How far something lies to one side: positive only if that clearly exceeds the offset across."""
+    """How far something lies to one side, less 0.6 of its offset across. If it lies on that side at
+    all, 0.01 at least: then `holds` takes the words for neither true nor false of it."""
     return along if along <= 0 else max(0.01, along - 0.6 * abs(across))
 
 
@@ -1261,7 +1271,7 @@ def check_dataset(name, data_root):
         paths -= set(split.missing)
     paths = sorted(paths)
     with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
-        bar = tqdm(pool.imap(image_size, paths, 8), "opening images", len(paths), unit="image")
+        bar = tqdm(pool.imap(readable_size, paths, 8), "opening images", len(paths), unit="image")
         sizes = dict(zip(paths, bar))
 
     print("split    expressions  published  missing images  unreadable images  odd boxes")
@@ -1297,7 +1307,7 @@ def check_dataset(name, data_root):
         raise HiVGError(f"{name} is not complete, {'; '.join(problems)}: {info.help}.")
 
 
-def image_size(path):
+def readable_size(path):
     """(width, height) of an image, which is decoded to its end; a str, the reason, if it can't be."""
     try:
         return load_image(path, upright=False).size

@@ -546,7 +546,7 @@ def run(args):
         output = Path(args.output or args.checkpoint.parent)
         workers = args.workers
         if workers is None:
-            workers = 0 if args.dataset == "shapes" else data.default_workers()
+            workers = data.default_workers([args.dataset])
         if args.dataset == "shapes" and process_rank() == 0:
             data.make_shapes(args.data_root)
         barrier()
@@ -563,14 +563,23 @@ def main():
     )
     add = parser.add_argument
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("checkpoint", nargs="?", type=Path, help="of train.py or HiVG's authors, or a CLIP's name")
+    add(
+        "checkpoint",
+        nargs="?",
+        type=Path,
+        help="of train.py or HiVG's authors; of --benchmark also a CLIP's name",
+    )
     one_of("--image", help="find something in this image")
     add("--text", nargs="+", help="what to find there; with --attention one text or more")
     add("--attention", action="store_true", help="draw where the model looked, a row for each text")
     one_of("--dataset", help=f"or evaluate this data set, one of {', '.join(data.DATASETS)}")
     add("--split", nargs="+", help="these splits of it (default: all but train)")
     add("--data-root", default="data", help="folder of the data sets (default: data)")
-    add("--workers", type=number_from(0), help="processes that read images (default: one a CPU)")
+    add(
+        "--workers",
+        type=number_from(0),
+        help="processes that read images (default: one a CPU, 8 at most)",
+    )
     one_of("--benchmark", action="store_true", help="or measure speed, size and cost")
     add("--batch-size", type=number_from(1), default=32, help="of --benchmark (default: 32)")
     add("--bf16", action="store_true", help="of --dataset and --benchmark: bf16 autocast")

@@ -156,9 +156,9 @@ class Bridge(nn.Module):
         weighted = [w_i[:T] * f_i + f_i for w_i, f_i in zip(self.w, features)]
         return self.W_proj(torch.cat(weighted, dim=-1))
 
-    def forward(self, x, t, text_padding):
-        """x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
-        return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
+    def forward(self, x, t, bridge_padding):
+        """x [B, 1 + N, d_v], t [B, T, d_v], bridge_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
+        return x + self.mlp(self.attention(self.norm(x), t, t, bridge_padding))
 
 
 class GroundingLayer(nn.Module):
@@ -304,7 +304,7 @@ class HiVG(nn.Module):
             end=tokens.argmax(dim=1),  # the end token has the largest id
         )
 
-    def image_features(self, images, text, text_padding):
+    def image_features(self, images, text, bridge_padding):
         """CLIP's image tower with LoRA inside its self-attention and bridges to the text.
 
         images [B, 3, S, S] -> the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v],
@@ -317,7 +317,7 @@ class HiVG(nn.Module):
             bridge = None
             if str(number) in self.bridges and self.config.stage >= 0:
                 bridge = self.bridges[str(number)]
-            inputs = x, block, bridge, text.features, t, text_padding
+            inputs = x, block, bridge, text.features, t, bridge_padding
             x = self.maybe_checkpoint(bridged_block, *inputs)
             if number in self.config.visual_layers:
                 levels.append(x)
@@ -423,17 +423,17 @@ class HiVG(nn.Module):
         return tokens, PaddingMasks(text, bridge, patch)
 
 
-def bridged_block(x, block, bridge, features, t, text_padding):
+def bridged_block(x, block, bridge, features, t, bridge_padding):
     """A block of CLIP's image tower with a bridge between self-attention and MLP, or None.
 
     x [B, 1 + N, d_v] -> [B, 1 + N, d_v]. features: the f^i, from which the bridge makes t, or [] if
-    t [B, T, d_v] is given. text_padding [B, T].
+    t [B, T, d_v] is given. bridge_padding [B, T].
     """
     x = x + block.attn(block.ln_1(x))  # LoRA inside
     if bridge is not None:
         if features:
             t = bridge.text_context(features)
-        x = bridge(x, t, text_padding)
+        x = bridge(x, t, bridge_padding)
     x = x + block.mlp(block.ln_2(x))
     return x
 

@@ -11,7 +11,7 @@ resuming, the CLIP for shapes, and the command line.
 
 A run writes into --output: best.pt (the best epoch of the latest stage; it stands alone), last.pt
 (to resume from), log.jsonl (a line for each epoch), config.json (all settings), and after its last
-epoch results_DATASET.json and a contact sheet for each split.
+epoch results_DATASET.json and a contact sheet for each split but train.
 """
 
 import json
@@ -76,7 +76,7 @@ SHAPES = Preset(
     ),
 )
 RATES, MIXTURE_RATES = (2.5e-4, 1e-4, 5e-5, 2.5e-5), (2.5e-4, 1e-4, 5e-5, 2e-5)
-PRESETS = {  # by size of CLIP and data set, else by size alone
+PRESETS = {  # for a data set and size of CLIP, else for a size alone
     "base": Preset((60, 20, 20, 20), RATES, (80, 60, 60, 40)),
     "base-flickr30k": Preset((30, 5, 5, 5), RATES, (80, 60, 60, 40)),
     "base-mixture": Preset((60, 20, 20, 20), MIXTURE_RATES, (64, 64, 64, 64)),
@@ -189,7 +189,8 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
 
     log: the lines of the epochs that are done, [] for a new run. A resumed run continues after them
     with the states of its optimiser and scaler; it ends as a run that nobody stopped, since all that
-    is random follows from (seed, stage, epoch, batch), and all else is in last.pt.
+    is random follows from (seed, stage, epoch, batch), and all else is in last.pt (on a CPU; times
+    in the log aside).
     """
     output = Path(settings.output)
     dtype = autocast_dtype(device)
@@ -549,8 +550,8 @@ def run(given):
         settings, model = build_model(given, device)
         log, optimizer_state, scaler_state = [], None, None
     names, data_root = settings.dataset, settings.data_root
-    if settings.workers is None:  # the images of shapes are kept in memory
-        settings.workers = 0 if names == ["shapes"] else data.default_workers()
+    if settings.workers is None:
+        settings.workers = data.default_workers(names)
 
     annotations = {name: data.read_annotations(name, data_root) for name in names}
     options = {"annotations": annotations, "cache": names == ["shapes"]}

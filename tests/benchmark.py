@@ -71,7 +71,7 @@ def print_table(args):
         image_size = model.config.image_size
         dataset = reading_dataset(folder, image_size=image_size, tokenizer=model.tokenizer)
         batches = torch.arange(256).view(-1, 32).tolist()
-        for workers in sorted({0, data.default_workers()}):
+        for workers in sorted({0, data.default_workers(["refcoco"])}):
             name = f"reading, {workers} workers" if workers else "reading, one core"
 
             def read(workers=workers):

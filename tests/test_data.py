@@ -341,7 +341,7 @@ def test_default_workers(monkeypatch):
     for cpus, processes, expected in ((16, 1, 8), (3, 1, 3), (16, 4, 4), (2, 4, 0)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: range(cpus))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert data.default_workers() == expected
+        assert data.default_workers(["refcoco"]) == expected
 
 
 def test_packed_samples():
