@@ -411,80 +411,35 @@ class DatasetInfo(NamedTuple):
 
 
 REFCOCO_SPLITS = ("train", "val", "testA", "testB")
+# fmt: off
 DATASETS = {
     "refcoco": DatasetInfo(
-        splits=REFCOCO_SPLITS,
-        published=(120_624, 10_834, 5_657, 5_095),
-        images="coco",
-        help=COCO_HELP,
-        files={
-            "refer": "refcoco/refs(unc).p",
-            "index": "unc/unc_{}.pth",
-            "mdetr": "finetune_refcoco_{}.json",
-        },
-        web_archive=20220413011718,
-    ),
+        REFCOCO_SPLITS, (120_624, 10_834, 5_657, 5_095), "coco", COCO_HELP,
+        {"refer": "refcoco/refs(unc).p", "index": "unc/unc_{}.pth",
+         "mdetr": "finetune_refcoco_{}.json"}, web_archive=20220413011718),
     "refcoco+": DatasetInfo(
-        splits=REFCOCO_SPLITS,
-        published=(120_191, 10_758, 5_726, 4_889),
-        images="coco",
-        help=COCO_HELP,
-        files={
-            "refer": "refcoco+/refs(unc).p",
-            "index": "unc+/unc+_{}.pth",
-            "mdetr": "finetune_refcoco+_{}.json",
-        },
-        web_archive=20220413011656,
-    ),
+        REFCOCO_SPLITS, (120_191, 10_758, 5_726, 4_889), "coco", COCO_HELP,
+        {"refer": "refcoco+/refs(unc).p", "index": "unc+/unc+_{}.pth",
+         "mdetr": "finetune_refcoco+_{}.json"}, web_archive=20220413011656),
     "refcocog": DatasetInfo(
-        splits=("train", "val", "test"),
-        published=(80_512, 4_896, 9_602),
-        images="coco",
-        help=COCO_HELP,
-        files={
-            "refer": "refcocog/refs(umd).p",
-            "index": "gref_umd/gref_umd_{}.pth",
-            "mdetr": "finetune_refcocog_{}.json",
-        },
-        web_archive=20220413012904,
-    ),
+        ("train", "val", "test"), (80_512, 4_896, 9_602), "coco", COCO_HELP,
+        {"refer": "refcocog/refs(umd).p", "index": "gref_umd/gref_umd_{}.pth",
+         "mdetr": "finetune_refcocog_{}.json"}, web_archive=20220413012904),
     "refcocog-google": DatasetInfo(
-        splits=("train", "val"),
-        published=(85_474, 9_536),
-        images="coco",
-        help=COCO_HELP,
-        files={"refer": "refcocog/refs(google).p", "index": "gref/gref_{}.pth"},
-        web_archive=20220413012904,
-    ),
+        ("train", "val"), (85_474, 9_536), "coco", COCO_HELP,
+        {"refer": "refcocog/refs(google).p", "index": "gref/gref_{}.pth"},
+        web_archive=20220413012904),
     "referit": DatasetInfo(
-        splits=("train", "val", "test"),
-        published=(54_127, 5_842, 60_103),
-        images="referit",
-        help=REFERIT_HELP,
-        files={"index": "referit/referit_{}.pth"},
-    ),
+        ("train", "val", "test"), (54_127, 5_842, 60_103), "referit", REFERIT_HELP,
+        {"index": "referit/referit_{}.pth"}),
     "flickr30k": DatasetInfo(
-        splits=("train", "val", "test"),
-        published=(427_193, 14_433, 14_481),
-        images="flickr",
-        help=FLICKR_HELP,
-        files={"index": "flickr/flickr_{}.pth"},
-    ),
-    "own": DatasetInfo(
-        splits=(*REFCOCO_SPLITS, "test"),
-        published=(),
-        images="own",
-        help=OWN_HELP,
-        files={"own": "{}.jsonl"},
-    ),
+        ("train", "val", "test"), (427_193, 14_433, 14_481), "flickr", FLICKR_HELP,
+        {"index": "flickr/flickr_{}.pth"}),
+    "own": DatasetInfo((*REFCOCO_SPLITS, "test"), (), "own", OWN_HELP, {"own": "{}.jsonl"}),
     "shapes": DatasetInfo(
-        splits=REFCOCO_SPLITS,
-        published=(),
-        images="shapes",
-        help=SHAPES_HELP,
-        files={"refer": "shapes/refs(unc).p"},
-    ),
+        REFCOCO_SPLITS, (), "shapes", SHAPES_HELP, {"refer": "shapes/refs(unc).p"}),
 }
+# fmt: on
 IMAGE_PLACES = {  # where an image may be below the data root
     "coco": (
         "images/mscoco/images/train2014/{name}",
