@@ -394,9 +394,10 @@ FLICKR_HELP = (
 )
 OWN_HELP = (
     "write train.jsonl, val.jsonl and so on into the data root, with lines like "
-    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}'
+    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}, and the images '
+    "there"
 )
-SHAPES_HELP = "delete the folder shapes there, and the next run generates it again"
+SHAPES_HELP = "python train.py --dataset shapes generates it; delete a damaged folder first"
 
 
 class DatasetInfo(NamedTuple):
@@ -799,8 +800,7 @@ def load_image(path, upright=True):
 
 def reading(path):
     """The context in which an image file is read: its errors become HiVGErrors."""
-    hint = "replace it, or name another; python data.py check lists all unreadable images"
-    return user_error(f"{path} cannot be read as an image", hint, IMAGE_ERRORS)
+    return user_error(f"{path} cannot be read as an image", "replace it", IMAGE_ERRORS)
 
 
 def open_image(path):

@@ -465,7 +465,8 @@ def setup_device(name=None):
     distributed = "LOCAL_RANK" in os.environ
     if distributed and torch.device(name) == torch.device("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    with user_error(f"There is no device {name} here", "leave --device out", (RuntimeError,)):
+    errors = (RuntimeError, AssertionError)  # the latter if torch was built without CUDA
+    with user_error(f"There is no device {name} here", "leave --device out", errors):
         device = torch.empty(0, device=name).device
     # Products of float32 matrices on a GPU use TF32, 10 bits of mantissa: L_CLC's logits, up to
     # 100, come out up to 0.05 off.
@@ -531,7 +532,7 @@ def run(args):
         return
     device = setup_device(args.device)
     if args.dataset is not None:
-        data.dataset_info(args.dataset)  # an unknown name is told before anything is read
+        data.check_files(args.dataset, args.data_root)  # before anything is read
     name = str(args.checkpoint)
     if args.benchmark and name in CLIP_CONFIGS:
         model = random_model(name)
@@ -547,9 +548,6 @@ def run(args):
         workers = args.workers
         if workers is None:
             workers = data.default_workers([args.dataset])
-        if args.dataset == "shapes" and process_rank() == 0:
-            data.make_shapes(args.data_root)
-        barrier()
         evaluate_splits(
             model, name, args.dataset, args.split, args.data_root, output, workers, args.bf16
         )

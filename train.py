@@ -546,9 +546,12 @@ def run(given):
         settings = resume_settings(given, content["settings"], last)
         log = content["log"]
         optimizer_state, scaler_state = content["optimizer"], content["scaler"]
+        print(f"resumed after stage {log[-1]['stage']}, epoch {log[-1]['epoch']}")
     else:
         settings, model = build_model(given, device)
         log, optimizer_state, scaler_state = [], None, None
+        if "resume" in given:
+            print(f"there is no {last} to resume from: a new run")
     names, data_root = settings.dataset, settings.data_root
     if settings.workers is None:
         settings.workers = data.default_workers(names)
@@ -612,7 +615,8 @@ def parameter_table(model):
             if parameter.requires_grad:
                 counts[group][0] += parameter.numel()
             counts[group][1] += parameter.numel()
-    lines = [f"{'parameters':18} {'trained':>12} {'total':>12}"]
+    title = f"stage {model.config.stage}"
+    lines = [f"{title:18} {'trained':>12} {'parameters':>12}"]
     lines += [f"{group:18} {trained:12,} {total:12,}" for group, (trained, total) in counts.items()]
     return "\n".join(lines)
 
@@ -635,14 +639,13 @@ def print_summary(settings, model, train_set, annotations, device):
         f"  trained on: {len(train_set):,} expressions"
         + "".join(f"; {n}" for n in train_set.report)
     )
-    print(f"adapters {settings.adapters}; losses {settings.loss}")
-    print(
-        f"epochs by stage {stage_epochs(settings)} (-1: without bridges, 0: warm-up), top rates",
-        end=" ",
-    )
-    print(f"{settings.lr} and batches {settings.batch_size} from the warm-up on")
-    step = settings.accumulate * world_size()
-    print(f"a step: {step} batches ({world_size()} processes, {settings.accumulate} each)")
+    print(f"CLIP {settings.clip}, images of {settings.image_size} pixels, seed {settings.seed}")
+    print(f"adapters {settings.adapters}; weights of the losses {settings.loss}")
+    for stage, epochs in stage_epochs(settings).items():
+        top, size = stage_value(settings.lr, stage), stage_value(settings.batch_size, stage)
+        print(f"  stage {stage:2}: epochs {epochs}, top learning rate {top:g}, batches of {size}")
+    print(f"  (stage -1: warm-up without bridges, 0: warm-up, 1 to {settings.groups}: HiLoRA's)")
+    print(f"batches of a step: {settings.accumulate} in each of {world_size()} process(es)")
     print(parameter_table(model), flush=True)
 
 
@@ -717,7 +720,7 @@ def main():
         stages = 1 + given.get("groups", DEFAULTS["groups"])
         if len(given.get(name, [0])) not in (1, stages):
             parser.error(f"--{name.replace('_', '-')} takes one value or {stages}")
-    hint = "the same command with --resume continues after the last finished epoch"
+    hint = "the same command with --resume goes on after the last finished epoch, or anew"
     clip_model.run_main(run, given, after_ctrl_c=hint)
 
 

@@ -1026,7 +1026,7 @@ def test_a_bad_archive_leaves_nothing(server, tmp_path, which):
 def test_what_cannot_be_downloaded_says_what_to_do(server, tmp_path, monkeypatch):
     """One sentence: whom to ask, what the files look like. Nothing is asked for."""
     words = {"referit": "index lists", "flickr30k": "form", "own": "train.jsonl"}
-    words |= {"shapes": "next run", "coco": "choose one of"}
+    words |= {"shapes": "generates it", "coco": "choose one of"}
     for name, hint in words.items():
         error = command(monkeypatch, "download", "--dataset", name, "--data-root", tmp_path)
         assert hint in error and "\n" not in error and not Server.asked

@@ -154,5 +154,5 @@ def test_a_process_that_dies_ends_the_run(
     line = ["--dataset", "refcoco", "--output", tmp_path / "run", "--resume"]
     assert command(monkeypatch, train, *line, "--accumulate", 3).startswith("error: ")
     assert command(monkeypatch, train, *line) is None
-    assert "(1 processes, 2 each)" in capsys.readouterr().out
+    assert "batches of a step: 2 in each of 1 process" in capsys.readouterr().out
     assert_same_log(tmp_path / "run", one)
