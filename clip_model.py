@@ -10,8 +10,8 @@ the names of other formats, the file formats, and last errors, atomic writing an
 walks through the blocks of these towers itself.
 
 Letters: B samples, N patches of an image, T text tokens, K tokens of either kind, d width of a
-tower, D joint width, S image side and P patch side in pixels. This file can be copied into another project as it is (MIT); it needs
-torch, ftfy, regex and tqdm.
+tower, D joint width, S image side and P patch side in pixels. This file can be copied into another
+project as it is (MIT); it needs torch, ftfy, regex and tqdm.
 """
 
 import math

@@ -85,13 +85,11 @@ def box_to_square(box, geometry):
     The part outside the region is cut off."""
     x1, y1, x2, y2 = geometry.region
     left, top, width, height = geometry.inner
-    region = torch.tensor((x1, y1), dtype=torch.float64)
-    scale = torch.tensor((width / (x2 - x1), height / (y2 - y1)))  # they differ: sizes are rounded
-    corners = torch.tensor(box, dtype=torch.float64).view(2, 2)  # [corner, x or y]
-    corners = corners.clamp(region, torch.tensor((x2, y2)))
-    corners = (corners - region) * scale + torch.tensor((left, top))
-    low, high = corners / geometry.side
-    return torch.cat([(low + high) / 2, high - low]).float()
+    scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)  # they differ: sizes are rounded
+    low_x, high_x = [left + (min(max(x, x1), x2) - x1) * scale_x for x in (box[0], box[2])]
+    low_y, high_y = [top + (min(max(y, y1), y2) - y1) * scale_y for y in (box[1], box[3])]
+    centre_and_size = (low_x + high_x) / 2, (low_y + high_y) / 2, high_x - low_x, high_y - low_y
+    return torch.tensor(centre_and_size) / geometry.side
 
 
 def box_to_pixels(boxes, geometry):
@@ -438,7 +436,7 @@ DATASETS = {
         {"index": "flickr/flickr_{}.pth"}),
     "own": DatasetInfo((*REFCOCO_SPLITS, "test"), (), "own", OWN_HELP, {"own": "{}.jsonl"}),
     "shapes": DatasetInfo(
-        REFCOCO_SPLITS, (), "shapes", SHAPES_HELP, {"refer": "shapes/refs(unc).p"}),
+        (*REFCOCO_SPLITS, "test"), (), "shapes", SHAPES_HELP, {"refer": "shapes/refs(unc).p"}),
 }
 # fmt: on
 IMAGE_PLACES = {  # where an image may be below the data root
@@ -866,6 +864,7 @@ SHAPES_SPLITS = {  # train is last: of scenes that look alike only those of the 
     "val": ShapesSplit(240, (3, 4, 5), 6, ALL_SORTS),
     "testA": ShapesSplit(120, (3, 4, 5), 6, ("attributes", "place")),
     "testB": ShapesSplit(150, (3, 4, 5), 6, ("relation",)),
+    "test": ShapesSplit(730, (3, 4, 5), 6, ALL_SORTS),  # as val, large enough to tell runs apart
     "train": ShapesSplit(26_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, ALL_SORTS),
 }
 # fmt: off
@@ -968,13 +967,13 @@ def random_shapes(rng, count):
             shapes, hidable = [], []
         tries += 1
         size = rng.choice(("small", "big", "big"))
-        colour, kind = rng.choice(colours), rng.choice(kinds)
         side = 2 * SIDE * rng.uniform(*SIZES[size])
         width, height = round(side * rng.uniform(0.92, 1.08)), round(side * rng.uniform(0.92, 1.08))
         x, y = rng.randint(2, 2 * SIDE - 2 - width), rng.randint(2, 2 * SIDE - 2 - height)
         box = (x, y, x + width, y + height)
         covered = [overlap(box, shape.box) for shape in shapes]
         if all(area <= most for area, most in zip(covered, hidable)):
+            colour, kind = rng.choice(colours), rng.choice(kinds)
             hidable = [most - area for area, most in zip(covered, hidable)]
             hidable.append(width * height / (12 if kind == "star" else 8))
             centre_x, centre_y = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
@@ -1071,17 +1070,18 @@ def random_caption(rng, shapes):
 
 def render_jpeg(rng, shapes):
     """The scene as JPEG bytes: shapes with thin dark outlines on a light, shaded background."""
-    slope = np.linspace(-1, 1, 2 * SIDE)
-    shade = rng.uniform(-14, 14) * slope[:, None] + rng.uniform(-14, 14) * slope  # [2 S, 2 S]
-    light = shade[..., None] + [rng.uniform(200, 226) for _ in "rgb"]  # [2 S, 2 S, 3]
-    image = Image.fromarray(light.astype(np.uint8))
+    slope = np.linspace(-1, 1, SIDE)
+    shade = rng.uniform(-14, 14) * slope[:, None] + rng.uniform(-14, 14) * slope  # [S, S]
+    light = shade[..., None] + [rng.uniform(200, 226) for _ in "rgb"]  # [S, S, 3]
+    image = Image.fromarray(light.astype(np.uint8)).resize((2 * SIDE, 2 * SIDE))
+    draw = ImageDraw.Draw(image)
     for shape in shapes:
         x1, y1, x2, y2 = shape.box
         scale_x, scale_y = (x2 - x1 - 1) / 100, (y2 - y1 - 1) / 100
         points = [(x1 + x * scale_x, y1 + y * scale_y) for x, y in KINDS[shape.kind]]
         fill = tuple(round(max(0, c - rng.uniform(0, 28))) for c in COLOURS[shape.colour])
         outline = tuple(value // 3 for value in fill)
-        ImageDraw.Draw(image).polygon(points, fill, outline, width=2)
+        draw.polygon(points, fill, outline, width=2)
     noise = np.frombuffer(rng.randbytes(3 * SIDE**2), np.uint8).reshape(SIDE, SIDE, 3) / 16 - 8
     pixels = (np.asarray(image.reduce(2)) + noise).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()

@@ -57,20 +57,24 @@ class Preset:
     batch_sizes: tuple  # of one process
     without_bridges: int = 0  # epochs before the warm-up, without bridges, at the warm-up's rate
     betas: tuple = (0.9, 0.999)  # of AdamW
+    hold: float = 0.0  # share of a stage's steps before the learning rate falls
+    parts: int = 1  # an epoch is this part of the train split; so many go through all of it
     config: HiVGConfig = field(default_factory=HiVGConfig)  # sizes of the model
 
 
-SHAPES = Preset(
-    epochs=(3, 1, 1, 1),
-    learning_rates=(8e-4, 4.5e-4, 3.5e-4, 3e-4),
-    batch_sizes=(64, 64, 64, 64),
+SHAPES = Preset(  # docs/shapes-notes.md says why
+    epochs=(12, 1, 1, 1),
+    learning_rates=(1.5e-3, 6e-4, 5e-4, 4e-4),
+    batch_sizes=(32, 32, 32, 32),
     betas=(0.9, 0.98),
+    hold=0.6,
+    parts=6,
     config=HiVGConfig(
-        bridge_layers=(2, 3),
+        bridge_layers=(3,),
         grounding_layers=3,
-        heads=4,
-        feedforward=256,
-        region_width=256,
+        heads=8,
+        feedforward=192,
+        region_width=192,
         dropout=0.0,
         lora_dropout=0.0,
     ),
@@ -94,13 +98,47 @@ RISING_STEPS = 200  # of a stage, in which the learning rate rises (D4)
 LOOK_EVERY = 20  # steps between two looks at the losses; for each, the CPU waits for the GPU
 
 
-def learning_rate(step, steps, top):
+def learning_rate(step, steps, top, hold=0.0):
     """The rate of step s = 0 ... S - 1 of a stage, a linear rise and a cosine to 0 (D4):
 
-    top min(1, (s + 1) / w) (1 + cos(pi s / S)) / 2,   w = min(200, 1 + S / 10)
+    top min(1, (s + 1) / w) (1 + cos(pi f)) / 2,   w = min(200, 1 + S / 10)
+
+    f rises from 0 to 1 in the steps hold S ... S: the cosine begins after a share `hold` of them.
     """
     rise = min(1, (step + 1) / min(RISING_STEPS, 1 + steps / 10))
-    return top * rise * (1 + math.cos(math.pi * step / steps)) / 2
+    fall = max(0, (step / steps - hold) / (1 - hold))
+    return top * rise * (1 + math.cos(math.pi * fall)) / 2
+
+
+class Pace:
+    """How long a run still takes, from the time that its steps took so far.
+
+    Work is counted in trained expressions. The evaluation of one counts a third: it has no backward
+    pass. log: the lines of epochs that are done; the sizes are numbers of expressions, `at_end` those
+    that the final evaluation has.
+    """
+
+    def __init__(self, settings, log, train_size, val_size, at_end):
+        epochs, train_size = stage_epochs(settings), train_size / PRESETS[settings.preset].parts
+        trained = sum(epochs.values()) - sum(line["epoch"] >= 0 for line in log)
+        evaluated = sum(epochs.values()) + len(epochs) - 1 - len(log)  # the first has no epoch -1
+        self.left = trained * train_size + (evaluated * val_size + at_end) / 3
+        self.done, self.began = 0, None
+
+    def add(self, trained=0, evaluated=0):
+        """Count work as done. The first call starts the clock: the first steps are slower."""
+        work = trained + evaluated / 3
+        self.left -= work
+        if self.began is None:
+            self.began = time.monotonic()
+        else:
+            self.done += work
+
+    def __str__(self):
+        if not self.done:
+            return "?"
+        seconds = self.left * (time.monotonic() - self.began) / self.done
+        return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -138,7 +176,7 @@ def train_step(model, batches, seeds, optimizer, scaler, weights, dtype=None):
     return means
 
 
-def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dtype):
+def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dtype, pace):
     """One epoch: the loop over the batches. Returns {loss: its mean over the epoch}.
 
     All that is random follows from (seed, stage, epoch, number of the batch): N processes make the
@@ -148,8 +186,11 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
     train_set.set_epoch(*numbers)
     per_step = settings.accumulate * world_size()  # batches of a step
     batch_size = stage_value(settings.batch_size, stage)
-    batch_size = min(batch_size, len(train_set) // per_step)  # a tiny data set gets one step
-    batches = data.epoch_batches(numbers, len(train_set), batch_size, per_step)
+    hold, parts = PRESETS[settings.preset].hold, PRESETS[settings.preset].parts
+    batch_size = min(batch_size, len(train_set) // (per_step * parts))  # tiny data get one step
+    order = settings.seed, 1 + stage, epoch // parts
+    batches = data.epoch_batches(order, len(train_set), batch_size, per_step * parts)
+    batches = batches.chunk(parts)[epoch % parts]  # [steps * per_step, batch_size]
     own = range(process_rank(), len(batches), world_size())  # numbers of this process's batches
     on_gpu = next(model.parameters()).is_cuda
     reader = data.read_batches(train_set, batches[own].tolist(), settings.workers, on_gpu)
@@ -161,7 +202,7 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
     bar = tqdm(range(steps), title, leave=False, disable=process_rank() > 0)
     for step in bar:
         for param_group in optimizer.param_groups:  # all have the same rate
-            param_group["lr"] = learning_rate(epoch * steps + step, epochs * steps, top)
+            param_group["lr"] = learning_rate(epoch * steps + step, epochs * steps, top, hold)
         step_batches, seeds = [], []
         for number in own[step * settings.accumulate : (step + 1) * settings.accumulate]:
             step_batches.append(next(reader))
@@ -169,9 +210,8 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
         losses = train_step(model, step_batches, seeds, optimizer, scaler, settings.loss, dtype)
         unchecked.append(losses)
         if (step + 1) % LOOK_EVERY == 0 or step + 1 == steps:
-            values = (
-                mean_over_processes(torch.stack(unchecked)).cpu().double().numpy()
-            )  # [steps, 5]
+            rows = mean_over_processes(torch.stack(unchecked))
+            values = rows.cpu().double().numpy()  # [steps since the last look, losses]
             for earlier, row in enumerate(values, start=step + 1 - len(values)):
                 if not np.isfinite(row).all():
                     indices = batches[earlier * per_step : (earlier + 1) * per_step].flatten()
@@ -179,11 +219,13 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
                     raise not_finite_error(where, settings.loss, row, train_set, indices)
             sums += values.sum(axis=0)
             unchecked = []
-            bar.set_postfix(loss=f"{values[-1] @ list(settings.loss.values()):.2f}")
+            pace.add(trained=len(values) * per_step * batch_size)
+            loss = values[-1] @ list(settings.loss.values())
+            bar.set_postfix(loss=f"{loss:.2f}", run_ends_in=pace)
     return {name: round(total / steps, 4) for name, total in zip(settings.loss, sums.tolist())}
 
 
-def train(model, train_set, val_set, settings, device, log, optimizer_state, scaler_state):
+def train(model, train_set, val_set, settings, device, log, optimizer_state, scaler_state, pace):
     """All stages: the loops over stages and epochs. Writes best.pt, last.pt and log.jsonl into
     settings.output. Returns the model of the best epoch of the last stage.
 
@@ -229,15 +271,17 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
             if epoch >= 0:
                 parallel.train()
                 line["losses"] = train_epoch(
-                    parallel, train_set, stage, epoch, optimizer, scaler, settings, dtype
+                    parallel, train_set, stage, epoch, optimizer, scaler, settings, dtype, pace
                 )
             predicted, true = evaluate.predict(model, val_set, workers=settings.workers)
+            pace.add(evaluated=len(val_set))
             line |= evaluate.summary(val_set, predicted, true)
             line["seconds"] = round(time.time() - began, 1)
             best_acc = max([past["acc"] for past in log if past["stage"] == stage], default=-1)
             log.append(line)
             when = f"after epoch {epoch}" if epoch >= 0 else "begins"
-            print(f"stage {stage} {when}: {val_set.split} Acc@0.5 {line['acc']:.2f} %", flush=True)
+            result = f"{val_set.split} Acc@0.5 {line['acc']:.2f} %"
+            print(f"stage {stage} {when}: {result}; the run ends in {pace}", flush=True)
             if process_rank() == 0:
                 # last.pt is written last: a run that is killed before that repeats the epoch
                 if line["acc"] >= best_acc:  # ties go to the later epoch
@@ -322,11 +366,16 @@ def build_model(given, device):
     if process_rank() > 0:
         barrier()  # the first process generates, trains and downloads what is missing
     if "shapes" in given["dataset"]:
+        print("ahead: drawing scenes, training a small CLIP on them, then the model", flush=True)
         data.make_shapes(data_root)
     if given["dataset"] == ["shapes"] and "clip" not in given:
         clip_path = Path(data_root, "shapes", f"clip_{seed}.pt")
         if not clip_path.exists():
-            train_shapes_clip(clip_path, seed, device)
+            sizes = {s: info.scenes * info.expressions for s, info in data.SHAPES_SPLITS.items()}
+            train_size, val_size = sizes.pop("train"), sizes["val"]
+            settings = complete_settings(given, SHAPES_CLIP)
+            pace = Pace(settings, [], train_size, val_size, at_end=sum(sizes.values()))
+            train_shapes_clip(clip_path, seed, device, pace)
     clip = clip_model.load_clip(str(clip_path))
     tokenizer = find_tokenizer(clip_path, clip.config.vocab_size)
     if process_rank() == 0:
@@ -454,16 +503,17 @@ def resume_settings(given, stored, last):
 SHAPES_CLIP = CLIPConfig(
     image_size=80,
     patch_size=16,
-    vision_width=128,
+    vision_width=96,
     vision_layers=3,
-    text_width=128,
+    text_width=96,
     text_layers=3,
-    embed_dim=128,
+    embed_dim=96,
 )
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
+CLIP_WORK = 0.75  # what a scene with its caption costs here, in trained expressions (see Pace)
 
 
-def train_shapes_clip(path, seed, device):
+def train_shapes_clip(path, seed, device, pace):
     """Train a small CLIP on the shapes data set, whose folder is that of `path`, and write it there.
 
     Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
@@ -492,6 +542,7 @@ def train_shapes_clip(path, seed, device):
     trained = [p for p in clip.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
     targets = torch.arange(SHAPES_CLIP_BATCH, device=device)
+    pace.left += SHAPES_CLIP_STEPS * SHAPES_CLIP_BATCH * CLIP_WORK
     bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
     for step in bar:
         batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
@@ -504,9 +555,10 @@ def train_shapes_clip(path, seed, device):
         optimizer.param_groups[0]["lr"] = learning_rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE)
         optimizer.step()
         optimizer.zero_grad()
-        if step % LOOK_EVERY == 0:
+        if (step + 1) % LOOK_EVERY == 0:
             right = (logits.argmax(dim=1) == targets).float().mean()
-            bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}")
+            pace.add(trained=LOOK_EVERY * SHAPES_CLIP_BATCH * CLIP_WORK)
+            bar.set_postfix(loss=f"{loss.item():.2f}", right=f"{right:.2f}", run_ends_in=pace)
     clip_model.save_clip(clip, path)
 
 
@@ -560,15 +612,18 @@ def run(given):
     options = {"annotations": annotations, "cache": names == ["shapes"]}
     train_set = open_split(model, names, "train", data_root, augment=settings.augment, **options)
     val_set = open_split(model, names, settings.select, data_root, **options)
-    if len(train_set) < settings.accumulate * world_size():
+    if len(train_set) < settings.accumulate * world_size() * PRESETS[settings.preset].parts:
         what = f"{len(train_set)} expressions are fewer than the batches of a step"
         raise HiVGError(f"{what}: give a smaller --accumulate, or start fewer processes.")
     print_summary(settings, model, train_set, annotations, device)
     if process_rank() == 0:
         used = {"settings": vars(settings), "model": asdict(model.config)}
         write_text(output / "config.json", json.dumps(used, indent=2))
+    splits = [annotations[name][s] for name in names for s in annotations[name] if s != "train"]
+    at_end = sum(len(split.samples) for split in splits)
+    pace = Pace(settings, log, len(train_set), len(val_set), at_end)
     states = optimizer_state, scaler_state
-    model = train(model, train_set, val_set, settings, device, log, *states).merge().eval()
+    model = train(model, train_set, val_set, settings, device, log, *states, pace).merge().eval()
     for name in names:
         evaluate.evaluate_splits(
             model,

@@ -1,11 +1,13 @@
 """train.py and evaluate.py from end to end, in miniature, on a hand-made RefCOCO and a few shapes."""
 
+import argparse
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,29 @@ def test_a_second_run_into_the_same_folder_is_refused(monkeypatch, refer_root, c
     line = ["--dataset", "refcoco", "--output", finished, "--resume", "--device", "cpu"]
     assert command(monkeypatch, train, *line) is None
     assert log_of(finished) == before
+
+
+def test_an_epoch_may_be_a_part_of_the_split(monkeypatch, refer_root, clip_file, tmp_path):
+    """With parts=2, epochs 0 and 1 go through all 8 expressions, each once; so do epochs 2 and 3, in
+    another order."""
+    halves = replace(train.PRESETS["base"], parts=2)
+    monkeypatch.setitem(train.PRESETS, "base", halves)
+    read, real = [], data.read_batches
+
+    def read_batches(dataset, batches, *more, **options):
+        if dataset.split == "train":
+            read.append([index for batch in batches for index in batch])
+        return real(dataset, batches, *more, **options)
+
+    monkeypatch.setattr(data, "read_batches", read_batches)
+    words = words_of(refer_root, clip_file, tmp_path / "run", "--workers", 0)
+    place = words.index("--epochs") + 1
+    words[place : place + 1] = [4, 0, 0, 0]
+    words[words.index("--batch-size") + 1] = 2
+    assert command(monkeypatch, train, *words) is None
+    assert [len(part) for part in read] == [4] * 4
+    assert sorted(read[0] + read[1]) == sorted(read[2] + read[3]) == list(range(8))
+    assert read[0] + read[1] != read[2] + read[3]
 
 
 @pytest.mark.parametrize("adapters", ["vanilla", "none"])
@@ -278,6 +303,37 @@ def test_the_learning_rate(monkeypatch):
     assert rates[steps // 2] == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_rate_that_is_held():
+    """With hold=0.6 it stays at its top for 60 % of the steps, then falls to almost 0."""
+    steps = 10 * train.RISING_STEPS
+    rates = [train.learning_rate(step, steps, 2.0, hold=0.6) for step in range(steps)]
+    assert set(rates[train.RISING_STEPS : steps * 6 // 10]) == {2.0}
+    assert rates[steps * 6 // 10 :] == sorted(rates[steps * 6 // 10 :], reverse=True)
+    assert rates[steps * 8 // 10] == pytest.approx(1.0, abs=0.01) and 0 <= rates[-1] < 1e-4
+
+
+def test_the_minutes_that_remain(monkeypatch):
+    """They follow from the work that is left, evaluations included, and the pace so far; a resumed
+    run does not count what is done. Before the first steps there is nothing to say."""
+    settings, clock = (
+        argparse.Namespace(preset="base", without_bridges=0, epochs=(2, 1, 0, 0)),
+        [0.0],
+    )
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    pace = train.Pace(settings, [], train_size=6000, val_size=600, at_end=1200)
+    pace.add(trained=1200)  # slow, as first steps are
+    assert str(pace) == "?"
+    clock[0] = 60
+    pace.add(trained=1200)  # 20 a second; 16,800 of 18,000 + (4 x 600 + 1200) / 3 are left
+    assert str(pace) == "14 min"
+    clock[0] = 90
+    pace.add(evaluated=600)  # 200 in 30 seconds: the pace falls to 1400 in 90
+    assert str(pace) == "18 min"
+    done = [{"stage": 0, "epoch": 0}, {"stage": 0, "epoch": 1}]
+    resumed = train.Pace(settings, done, train_size=6000, val_size=600, at_end=1200)
+    assert resumed.left == 6000 + (2 * 600 + 1200) / 3
+
+
 @pytest.mark.parametrize("stage", [0, 2])
 def test_the_account_counts_every_parameter_once(tokenizer, stage):
     """The groups of the account add up to the whole model; of CLIP nothing is trained, of the pairs
@@ -299,7 +355,7 @@ def test_the_account_counts_every_parameter_once(tokenizer, stage):
 
 def test_shapes_from_nothing(monkeypatch, tmp_path):
     """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again."""
-    sizes = {"val": 8, "testA": 4, "testB": 4, "train": 16}
+    sizes = {"val": 8, "testA": 4, "testB": 4, "test": 4, "train": 16}
     small = {s: info._replace(scenes=sizes[s]) for s, info in data.SHAPES_SPLITS.items()}
     monkeypatch.setattr(data, "SHAPES_SPLITS", small)
     monkeypatch.setattr(train, "SHAPES_CLIP_STEPS", 2)
@@ -318,7 +374,7 @@ def test_shapes_from_nothing(monkeypatch, tmp_path):
         assert "stopped" in command(patch, train, *line, tmp_path / "b")
     assert stamps == [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
     results = json.loads((tmp_path / "a/results_shapes.json").read_text())
-    assert [row["split"] for row in results["results"]] == ["val", "testA", "testB"]
+    assert {row["split"] for row in results["results"]} == {"val", "testA", "testB", "test"}
     shutil.rmtree(tmp_path / "data")
     model = load_checkpoint(tmp_path / "a/best.pt")  # stands alone
     picture = Image.new("RGB", (100, 50))
