@@ -691,10 +691,11 @@ def print_summary(settings, model, train_set, annotations, device):
             if split in published:
                 words.append(f"published: {published[split]:,}")
             print(f"  {name} {split:6} {'; '.join(words)}")
-    print(
-        f"  trained on: {len(train_set):,} expressions"
-        + "".join(f"; {n}" for n in train_set.report)
-    )
+    notes = "".join(f"; {note}" for note in train_set.report)
+    print(f"  trained on: {len(train_set):,} expressions{notes}")
+    parts = PRESETS[settings.preset].parts
+    if parts > 1:
+        print(f"  an epoch goes through 1/{parts} of them")
     print(f"CLIP {settings.clip}, images of {settings.image_size} pixels, seed {settings.seed}")
     print(f"adapters {settings.adapters}; weights of the losses {settings.loss}")
     for stage, epochs in stage_epochs(settings).items():

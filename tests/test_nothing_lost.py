@@ -152,7 +152,8 @@ def test_flags_that_do_not_change_the_result_take_effect(monkeypatch, stopped, t
     seen, real = [], train.train_epoch
 
     def train_epoch(model, *more):
-        seen.append((model.checkpointing, more[-2].workers))
+        settings = more[-3]
+        seen.append((model.checkpointing, settings.workers))
         return real(model, *more)
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
