@@ -89,7 +89,7 @@ PRESETS = {  # for a data set and size of CLIP, else for a size alone
     "large-flickr30k": Preset((30, 5, 5, 5), RATES, (32, 32, 32, 32), without_bridges=10),
     "large-mixture": Preset((30, 10, 10, 10), MIXTURE_RATES, (32, 32, 32, 32), without_bridges=10),
     "shapes": SHAPES,
-    "shapes-long": replace(SHAPES, epochs=(9, 3, 3, 3)),
+    "shapes-long": replace(SHAPES, epochs=(9, 3, 3, 3), parts=1),
 }
 AUTHORS_GPUS = 7  # the batches of their presets are those of each GPU
 WEIGHT_DECAY = 1e-4
