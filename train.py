@@ -110,37 +110,6 @@ def learning_rate(step, steps, top, hold=0.0):
     return top * rise * (1 + math.cos(math.pi * fall)) / 2
 
 
-class Pace:
-    """How long a run still takes, from the time that its steps took so far.
-
-    Work is counted in trained expressions. The evaluation of one counts a third: it has no backward
-    pass. log: the lines of epochs that are done; the sizes are numbers of expressions, `at_end` those
-    that the final evaluation has.
-    """
-
-    def __init__(self, settings, log, train_size, val_size, at_end):
-        epochs, train_size = stage_epochs(settings), train_size / PRESETS[settings.preset].parts
-        trained = sum(epochs.values()) - sum(line["epoch"] >= 0 for line in log)
-        evaluated = sum(epochs.values()) + len(epochs) - 1 - len(log)  # the first has no epoch -1
-        self.left = trained * train_size + (evaluated * val_size + at_end) / 3
-        self.done, self.began = 0, None
-
-    def add(self, trained=0, evaluated=0):
-        """Count work as done. The first call starts the clock: the first steps are slower."""
-        work = trained + evaluated / 3
-        self.left -= work
-        if self.began is None:
-            self.began = time.monotonic()
-        else:
-            self.done += work
-
-    def __str__(self):
-        if not self.done:
-            return "?"
-        seconds = self.left * (time.monotonic() - self.began) / self.done
-        return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 # ----------------------------------------------------------------------------------------- training
 
 
@@ -230,9 +199,9 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
     settings.output. Returns the model of the best epoch of the last stage.
 
     log: the lines of the epochs that are done, [] for a new run. A resumed run continues after them
-    with the states of its optimiser and scaler; it ends as a run that nobody stopped, since all that
-    is random follows from (seed, stage, epoch, batch), and all else is in last.pt (on a CPU; times
-    in the log aside).
+    with the states of its optimiser and scaler; it ends as a run that nobody stopped, since all
+    that is random follows from (seed, stage, epoch, batch), and all else is in last.pt (on a CPU;
+    times in the log aside). pace: the run's Pace, which tells how long it still takes.
     """
     output = Path(settings.output)
     dtype = autocast_dtype(device)
@@ -332,6 +301,37 @@ def not_finite_error(where, weights, losses, train_set, indices):
     what = f"A loss is not finite in {where} ({parts})"
     hint = "try a lower --lr with a new --output, or look at the samples of this step"
     return HiVGError(f"{what}; last.pt is of the last good epoch: {hint}, {names}.")
+
+
+class Pace:
+    """How long a run still takes, from the time that its steps took so far.
+
+    Work is counted in trained expressions. The evaluation of one counts a third: it has no backward
+    pass. log: the lines of epochs that are done; the sizes are numbers of expressions, `at_end` those
+    that the final evaluation has.
+    """
+
+    def __init__(self, settings, log, train_size, val_size, at_end):
+        epochs, train_size = stage_epochs(settings), train_size / PRESETS[settings.preset].parts
+        trained = sum(epochs.values()) - sum(line["epoch"] >= 0 for line in log)
+        evaluated = sum(epochs.values()) + len(epochs) - 1 - len(log)  # the first has no epoch -1
+        self.left = trained * train_size + (evaluated * val_size + at_end) / 3
+        self.done, self.began = 0, None
+
+    def add(self, trained=0, evaluated=0):
+        """Count work as done. The first call starts the clock: the first steps are slower."""
+        work = trained + evaluated / 3
+        self.left -= work
+        if self.began is None:
+            self.began = time.monotonic()
+        else:
+            self.done += work
+
+    def __str__(self):
+        if not self.done:
+            return "?"
+        seconds = self.left * (time.monotonic() - self.began) / self.done
+        return f"{math.ceil(seconds / 60)} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 # ------------------------------------------------------------------------------- building the model
@@ -511,7 +511,7 @@ SHAPES_CLIP = CLIPConfig(
     embed_dim=96,
 )
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
-CLIP_WORK = 0.75  # what a scene with its caption costs here, in trained expressions (see Pace)
+CLIP_WORK = 0.75  # time of a scene and its caption here, in trained expressions (see Pace)
 
 
 def train_shapes_clip(path, seed, device, pace):
