@@ -603,6 +603,15 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).merge().eval()
 
 
+def with_fresh_pairs(model, **changes):
+    """A copy of a model in stage 0, for a new training: its pairs are part of the matrices. changes:
+    fields of HiVGConfig that describe the new pairs (adapters, targets, groups, rank)."""
+    config = replace(model.config, stage=0, **changes)
+    fresh = HiVG(config, CLIP(model.clip.config), model.tokenizer)
+    fresh.load_state_dict(lora.merged_state_dict(model))
+    return fresh
+
+
 def read_checkpoint(path):
     """(HiVG in the stage in which it was saved, the whole content of the file).
 

@@ -157,6 +157,17 @@ def lora_modules(layer):
     return [module for module in layer.modules() if isinstance(module, LoRALinear)]
 
 
+def merged_state_dict(module):
+    """The state dict that `module` would have without LoRA: W = W_0 + sum_k (alpha / r) B_k A_k for
+    the pairs in use, and no pairs."""
+    state = {name: tensor for name, tensor in module.state_dict().items() if "lora_" not in name}
+    for name, child in module.named_modules():
+        if isinstance(child, LoRALinear):
+            pairs = sum(child.delta_weight(key) for key in child.pairs)
+            state[f"{name}.weight"] = child.weight.detach() + pairs
+    return state
+
+
 def lora_state_dict(module):
     """The pairs alone: every lora_A and lora_B below `module`, by their names in its state dict.
 

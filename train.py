@@ -206,6 +206,10 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
     output = Path(settings.output)
     dtype = autocast_dtype(device)
     first_stage = min(stage_epochs(settings))
+    if device.type == "cpu":
+        # Of CPUs, too: their fused attention takes twice as long as plain products for few tokens
+        # and small heads, as the grounding encoder has them on shapes.
+        torch.backends.cuda.enable_flash_sdp(False)
     for stage, epochs in stage_epochs(settings).items():
         if log and log[-1]["stage"] > stage:
             continue  # done before the run was resumed
@@ -230,8 +234,8 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
             parallel = DistributedDataParallel(model, forward_sync_buffers=False)
 
         # epoch -1 is what a stage starts from: best.pt falls back to it if the stage only makes it
-        # worse. Before the first stage there is nothing to see.
-        start = 0 if stage == first_stage else -1
+        # worse. Before the first stage there is nothing to see, unless it starts from --init.
+        start = 0 if stage == first_stage and settings.init is None else -1
         if log and log[-1]["stage"] == stage:
             start = log[-1]["epoch"] + 1
         for epoch in range(start, epochs):
@@ -314,7 +318,8 @@ class Pace:
     def __init__(self, settings, log, train_size, val_size, at_end):
         epochs, train_size = stage_epochs(settings), train_size / PRESETS[settings.preset].parts
         trained = sum(epochs.values()) - sum(line["epoch"] >= 0 for line in log)
-        evaluated = sum(epochs.values()) + len(epochs) - 1 - len(log)  # the first has no epoch -1
+        # the first stage has no epoch -1, unless it starts from --init
+        evaluated = sum(epochs.values()) + len(epochs) - (settings.init is None) - len(log)
         self.left = trained * train_size + (evaluated * val_size + at_end) / 3
         self.done, self.began = 0, None
 
@@ -341,6 +346,7 @@ class Pace:
 DEFAULTS = {
     "data_root": "data",
     "clip": "ViT-B/16",
+    "init": None,
     "image_size": None,
     "augment": True,
     "loss": {},
@@ -356,19 +362,20 @@ DEFAULTS = {
     "device": None,
     "workers": None,
 }
+SIZE_FLAGS = ("image_size", "visual_layers", "bridge_layers", "text_layers")  # --init has its own
 PER_STAGE = ("epochs", "lr", "batch_size")  # one value for the warm-up and one for each stage
 
 
 def build_model(given, device):
-    """(settings, HiVG) of a new run: CLIP is read (or, for shapes, trained), and what the command
-    line leaves open is taken from the preset for this CLIP and these data sets."""
+    """(settings, HiVG) of a new run: CLIP is read (or, for shapes, trained), or the model of --init;
+    what the command line leaves open is taken from the preset for this CLIP and these data sets."""
     data_root, clip_path, seed = ((DEFAULTS | given)[n] for n in ("data_root", "clip", "seed"))
     if process_rank() > 0:
         barrier()  # the first process generates, trains and downloads what is missing
     if "shapes" in given["dataset"]:
         print("ahead: drawing scenes, training a small CLIP on them, then the model", flush=True)
         data.make_shapes(data_root)
-    if given["dataset"] == ["shapes"] and "clip" not in given:
+    if given["dataset"] == ["shapes"] and not {"clip", "init"} & set(given):
         clip_path = Path(data_root, "shapes", f"clip_{seed}.pt")
         if not clip_path.exists():
             splits = data.SHAPES_SPLITS.items()  # a tenth of the expressions is sought in vain
@@ -377,33 +384,36 @@ def build_model(given, device):
             settings = complete_settings(given, SHAPES_CLIP)
             pace = Pace(settings, [], train_size, val_size, at_end=sum(sizes.values()))
             train_shapes_clip(clip_path, seed, device, pace)
-    clip = clip_model.load_clip(str(clip_path))
-    tokenizer = find_tokenizer(clip_path, clip.config.vocab_size)
+    if "init" in given:
+        first = hivg.load_checkpoint(given["init"])
+        clip = first.clip
+    else:
+        clip = clip_model.load_clip(str(clip_path))
+        tokenizer = find_tokenizer(clip_path, clip.config.vocab_size)
     if process_rank() == 0:
         barrier()  # now the others find it
 
     settings = complete_settings(given, clip.config)
-    config = replace(
-        PRESETS[settings.preset].config,
-        image_size=settings.image_size,
-        visual_layers=settings.visual_layers,
-        bridge_layers=settings.bridge_layers,
-        text_layers=settings.text_layers,
-        adapters=settings.adapters,
-        targets=settings.targets,
-        groups=settings.groups,
-        rank=settings.rank,
-        stage=min(stage_epochs(settings)),
-    )
+    settings.clip = None if "init" in given else str(clip_path)
+    sizes = {name: getattr(settings, name) for name in SIZE_FLAGS}
+    pairs = {name: getattr(settings, name) for name in ("adapters", "targets", "groups", "rank")}
     torch.manual_seed(settings.seed)
     try:
-        model = HiVG(config, clip, tokenizer)
+        if "init" in given:
+            model = hivg.with_fresh_pairs(first, **pairs)
+        else:
+            config = replace(PRESETS[settings.preset].config, **sizes, **pairs)
+            model = HiVG(config, clip, tokenizer)
     except ValueError as error:  # of lora.add_lora: a target that matches nothing
         raise HiVGError(f"--targets: {error}.") from error
-    settings.clip = str(clip_path)
-    settings.image_size = model.config.image_size
-    settings.visual_layers = model.config.visual_layers
-    settings.bridge_layers = model.config.bridge_layers
+    for name in SIZE_FLAGS:
+        setattr(settings, name, getattr(model.config, name))
+        if "init" in given and given.get(name, getattr(settings, name)) != getattr(settings, name):
+            what = (
+                f"{flag_of(name)} does not fit {given['init']}, which has {getattr(settings, name)}"
+            )
+            raise HiVGError(f"{what}: leave it out.")
+    model.enter_stage(min(stage_epochs(settings)))
     return settings, model.to(device)
 
 
@@ -426,7 +436,7 @@ def complete_settings(given, clip_config):
         "epochs": preset.epochs,
         "lr": preset.learning_rates,
         "batch_size": preset.batch_sizes,
-        "without_bridges": preset.without_bridges,
+        "without_bridges": 0 if "init" in given else preset.without_bridges,
         "bridge_layers": preset.config.bridge_layers,
         "text_layers": text_layers,
         "accumulate": max(1, round(AUTHORS_GPUS / world_size())) if of_the_paper else 1,
@@ -441,6 +451,11 @@ def complete_settings(given, clip_config):
     if not stage_epochs(settings):
         raise HiVGError("--epochs 0 leaves nothing to train: give a stage at least one epoch.")
     return settings
+
+
+def flag_of(name):
+    """The flag of a setting, as it is written on the command line."""
+    return "--no-augment" if name == "augment" else "--" + name.replace("_", "-")
 
 
 def per_stage(values, groups):
@@ -484,8 +499,7 @@ def resume_settings(given, stored, last):
         if name == "loss":
             value = stored["loss"] | value
         if value != stored[name]:
-            flag = "--no-augment" if name == "augment" else "--" + name.replace("_", "-")
-            what = f"{flag} does not fit the run in {last}, which has {stored[name]}"
+            what = f"{flag_of(name)} does not fit the run in {last}, which has {stored[name]}"
             raise HiVGError(f"{what}: leave it out, or start anew with another --output.")
     free = {name: given[name] for name in FREE_FLAGS if name in given}
     settings = argparse.Namespace(**stored | free)
@@ -647,6 +661,10 @@ def check_request(given, last):
         data.dataset_info(name)
         if name != "shapes":  # which is generated
             data.check_files(name, given.get("data_root", DEFAULTS["data_root"]))
+    if "init" in given:
+        if "clip" in given:
+            raise HiVGError(f"{given['init']} has a CLIP of its own: leave --clip out.")
+        return
     clip_path = given.get("clip", DEFAULTS["clip"])
     if clip_path not in clip_model.CLIP_FILES and not Path(clip_path).is_file():
         known = ", ".join(clip_model.CLIP_FILES)
@@ -696,7 +714,8 @@ def print_summary(settings, model, train_set, annotations, device):
     parts = PRESETS[settings.preset].parts
     if parts > 1:
         print(f"  an epoch goes through 1/{parts} of them")
-    print(f"CLIP {settings.clip}, images of {settings.image_size} pixels, seed {settings.seed}")
+    first = f"CLIP {settings.clip}" if settings.init is None else f"starts from {settings.init}"
+    print(f"{first}, images of {settings.image_size} pixels, seed {settings.seed}")
     print(f"adapters {settings.adapters}; weights of the losses {settings.loss}")
     for stage, epochs in stage_epochs(settings).items():
         top, size = stage_value(settings.lr, stage), stage_value(settings.batch_size, stage)
@@ -728,6 +747,7 @@ def main():
     add("--dataset", nargs="+", required=True, help=f"one or several of {', '.join(data.DATASETS)}")
     add("--data-root", help="folder of the data sets (default: data)")
     add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one that is trained first)")
+    add("--init", help="start from a checkpoint of train.py or HiVG's authors instead of CLIP")
     add("--image-size", type=positive, help="side of the square in pixels (default: CLIP's)")
     add("--no-augment", dest="augment", action="store_false", help="images as they are")
     # what is trained, and how long: one value for all stages, or one for each
