@@ -25,6 +25,7 @@ from torch import nn
 # isort: split
 # imports of the sections below the towers: tokenizer, weights, file formats, errors, download
 import functools
+import glob
 import gzip
 import hashlib
 import html
@@ -34,13 +35,15 @@ import json
 import os
 import pickle
 import re
+import secrets
 import struct
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ftfy
@@ -293,11 +296,8 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of a text without start and end token. Only 10,000 characters are read."""
-        text = ftfy.fix_text(text[:MAX_CHARACTERS])
-        text = html.unescape(html.unescape(text))
-        text = " ".join(text.split()).lower()
         ids = []
-        for word in WORD_PATTERN.findall(text):
+        for word in WORD_PATTERN.findall(clean_text(text)):
             if word not in self.cache:
                 symbols = [self.byte_symbols[byte] for byte in word.encode("utf-8", "replace")]
                 self.cache[word] = [self.ids[part] for part in self.bpe("".join(symbols))]
@@ -323,6 +323,18 @@ class Tokenizer:
             ids = ids[: context_length - 1] + [self.ids[END]]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+
+def clean_text(text):
+    """Encodings and HTML entities mended, one blank between words, lower case."""
+    text = ftfy.fix_text(text[:MAX_CHARACTERS])
+    text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
+
+
+def is_empty(text):
+    """Whether a text says nothing: no character is left that can be seen."""
+    return not any(c.isprintable() and not c.isspace() for c in clean_text(text))
 
 
 def merge_pair(parts, pair):
@@ -384,8 +396,9 @@ def load_clip(name_or_path):
 
     Reads OpenAI's TorchScript archives, state dicts in OpenAI's or Hugging Face's names (.pt, .bin,
     .safetensors), and the CLIP that HiVG's authors adapted, whose LoRA pairs are merged. All sizes
-    follow from the shapes. The activation is QuickGELU, as in OpenAI's weights: a file does not say
-    which one its weights were trained with. Raises HiVGError for anything else.
+    follow from the shapes. The activation is QuickGELU and heads have 64 channels, as in OpenAI's
+    weights; shapes do not tell, but a config.json beside the file does (Hugging Face). Raises
+    HiVGError for anything else.
     """
     path = name_or_path
     if name_or_path in CLIP_FILES:
@@ -399,11 +412,15 @@ def load_clip(name_or_path):
             state = {name: tensor for name, tensor in state.items() if ".cross_" not in name}
         if any(".lora_" in name for name in state):
             raise ValueError("it has LoRA pairs, whose alpha it does not tell: merge them first")
-        if any(name.startswith("vision_model.") for name in state):
+        from_hugging_face = any(name.startswith("vision_model.") for name in state)
+        if from_hugging_face:
             state = hugging_face_to_openai(state)
         state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
         config = infer_config(state)
+        beside = Path(path).with_name("config.json")
+        if from_hugging_face and beside.is_file():
+            check_family(json.loads(beside.read_text(encoding="utf-8")), config)
     with torch.device("meta"):  # no memory, no random numbers: the file has all weights
         clip = CLIP(config)
     with user_error(f"{path} is not a CLIP ViT checkpoint", hint):
@@ -436,6 +453,18 @@ def infer_config(state):
         context_length=context_length,
         vocab_size=len(state["token_embedding.weight"]),
     )
+
+
+def check_family(described, config):
+    """Raise ValueError if Hugging Face's config.json describes another network than `CLIP`."""
+    widths = {"vision_config": config.vision_width, "text_config": config.text_width}
+    for tower, width in widths.items():
+        expected = {"hidden_act": "quick_gelu", "num_attention_heads": max(1, width // 64)}
+        expected["layer_norm_eps"] = 1e-5
+        for name, value in expected.items():
+            found = (described.get(tower) or {}).get(name, value)
+            if found != value:
+                raise ValueError(f"its config.json has {name} {found} in {tower}, not {value}")
 
 
 HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's
@@ -641,7 +670,7 @@ def user_error(what, hint, errors=READING_ERRORS):
 def atomic_write(path):
     """Yield a temporary path and rename it to `path` on success: nobody sees half a file."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = own_name(path)
     errors = (OSError, RuntimeError)  # torch.save raises RuntimeError if the disk is full
     with user_error(f"{path} cannot be written", "free some room or name another place", errors):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -652,12 +681,35 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
 
 
+def own_name(path):
+    """A name beside `path` that no other process has."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+
+
+MEMORY_ERRORS = {  # words of torch's RuntimeErrors -> what its user can do
+    "shared memory": "The processes that read images have too little shared memory: start the "
+    "container with --shm-size=4g, or give --workers 0.",
+    "DataLoader worker": "A process that reads images was killed, mostly for lack of memory: give "
+    "fewer --workers, or start the container with --shm-size=4g.",
+    "out of memory": "The GPU has too little memory: give a smaller --batch-size with a larger "
+    "--accumulate, or --checkpointing.",
+}
+
+
 def run_main(job, *args, after_ctrl_c="files that were finished are kept"):
-    """Run job(*args); HiVGError and Ctrl-C end the program with one sentence and exit status 1."""
+    """Run job(*args); HiVGError, Ctrl-C and lack of memory end the program with one sentence and
+    exit status 1. Characters that the terminal does not have are printed as "?"."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     try:
         job(*args)
     except HiVGError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        for words, advice in MEMORY_ERRORS.items():
+            if words in str(error):
+                sys.exit(f"error: {advice}")
+        raise
     except KeyboardInterrupt:
         sys.exit(f"stopped by Ctrl-C: {after_ctrl_c}")
 
@@ -667,7 +719,7 @@ def download_to_cache(url, sha256):
 
     Raises HiVGError without network, or if the file's sha256 is not the right one.
     """
-    folder = Path(os.environ.get("CLIP_CACHE") or Path.home() / ".cache" / "clip")
+    folder = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser()
     path = folder / url.rsplit("/", 1)[1]
     if not path.is_file():
         download(url, path, sha256)
@@ -677,30 +729,50 @@ def download_to_cache(url, sha256):
 
 
 def download(url, path, sha256=None):
-    """Fetch `url` to `path`, with a progress bar. A download that breaks off is kept as path.part
-    and continued, now as long as that brings more bytes, and by the next call.
+    """Fetch `url` to `path`, with a progress bar. A download that breaks off is kept as path.*.part
+    and continued, now as long as that brings more bytes, and by the next call. Several processes
+    may fetch the same file: each does so under a name of its own.
 
     Raises HiVGError if the file cannot be had whole, or if its sha256 is not the right one.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
     what = f"{path} is missing and {url} cannot be fetched"
     hint = "run it again to continue the download, or put the file there by hand"
     with user_error(what, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = claim_part(path)
         complete = False
-        while not complete:
-            size_before = part_size(part)
-            try:
-                download_remaining(url, part)
-                complete = True
-            except (OSError, http.client.HTTPException):
-                if part_size(part) <= size_before:
-                    raise
+        try:
+            while not complete:
+                size_before = part_size(part)
+                try:
+                    download_remaining(url, part)
+                    complete = True
+                except (OSError, http.client.HTTPException):
+                    if part_size(part) <= size_before:
+                        raise
+        finally:
+            if part.exists() and not complete:
+                os.utime(part, (0, 0))  # the next call need not wait until it looks abandoned
     if sha256 and file_sha256(part) != sha256:
         part.unlink()
         raise HiVGError(f"{url} gave a file with a wrong sha256, which was deleted: run it again.")
     part.replace(path)
+
+
+ABANDONED = 60  # seconds without a new byte; a download that is under way gives up after 30
+
+
+def claim_part(path):
+    """A name of this process's own for a download. An abandoned download of `path` gets this name
+    and will be continued; of several processes that try, one succeeds in renaming it."""
+    own = own_name(path)
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                os.utime(part)  # first: nobody else takes it for abandoned any more
+                return part.rename(own)
+    return own
 
 
 def download_remaining(url, part):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 # isort: split
@@ -42,17 +42,18 @@ import signal
 import struct
 import tarfile
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import ImageDraw
+from PIL import ExifTags, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 import clip_model
-from clip_model import READING_ERRORS, HiVGError, PlainUnpickler, merge_pair, user_error
+from clip_model import READING_ERRORS, HiVGError, PlainUnpickler, is_empty, merge_pair, user_error
 
 # ----------------------------------------------------------------------- the image and its square
 
@@ -157,7 +158,7 @@ def random_geometry(rng, size, box, text, side):
     centre of the box. A text with one of PLACE_WORDS gets no crop, which could make it wrong.
     """
     region = (0, 0, *size)
-    if rng.random() < 0.5 and not any(word in text for word in PLACE_WORDS):
+    if rng.random() < 0.5 and not any(word in text.lower() for word in PLACE_WORDS):
         scale = rng.choice((400, 500, 600)) / min(size)
         x1, x2 = random_interval(rng, size[0], box[0], box[2], scale)
         y1, y2 = random_interval(rng, size[1], box[1], box[3], scale)
@@ -193,9 +194,10 @@ class Sample(NamedTuple):
     """One expression and the object that it means."""
 
     image: str  # path
-    text: str  # lower case
-    box: tuple  # x1, y1, x2, y2 in pixels as stored, inside the image where its size is known
+    text: str
+    box: tuple  # x1, y1, x2, y2 in pixels, inside the image where its size is known
     size: tuple | None  # width, height as annotated, if they are
+    upright: bool = False  # pixels count in the image as its EXIF turns it, not as it is stored
 
 
 class GroundingDataset(Dataset):
@@ -263,6 +265,9 @@ class GroundingDataset(Dataset):
         if self.cache is not None and sample.image in self.cache:
             return self.cache[sample.image]
         with open_image(sample.image) as image:
+            if sample.upright:
+                with reading(sample.image):
+                    image = turn_upright(image)
             if sample.size not in (None, image.size):
                 raise HiVGError(f"{size_mismatch(sample, image.size)}: replace it.")
             if self.augment:
@@ -286,6 +291,14 @@ class GroundingDataset(Dataset):
             return [self[index] for index in indices]
         except HiVGError as error:
             return error
+
+
+def image_size(sample):
+    """(width, height) of a sample's image, in the orientation in which its box counts."""
+    if sample.size is not None:
+        return sample.size
+    with open_image(sample.image) as image, reading(sample.image):
+        return turn_upright(image).size if sample.upright else image.size
 
 
 def size_mismatch(sample, size):
@@ -392,8 +405,8 @@ FLICKR_HELP = (
 )
 OWN_HELP = (
     "write train.jsonl, val.jsonl and so on into the data root, with lines like "
-    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}, and the images '
-    "there"
+    '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}, boxes in '
+    "pixels of the upright image, and the images there"
 )
 SHAPES_HELP = "python train.py --dataset shapes generates it; delete a damaged folder first"
 
@@ -553,13 +566,18 @@ def mdetr_entry(record):
 
 
 def read_own(paths):
-    """One's own data: a JSON object on each line."""
+    """One's own data: a JSON object on each line, or one array of objects."""
     for split, path in paths.items():
-        yield split, Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        if text.startswith("["):
+            yield split, json.loads(text)
+        else:
+            yield split, [line for line in text.split("\n") if line.strip()]
 
 
 def own_entry(record):
-    record = json.loads(record)
+    if isinstance(record, str):
+        record = json.loads(record)
     path = record["image"]
     if os.path.isabs(path) or ".." in path.split("/"):
         raise ValueError(f"{path} is not below the data root")
@@ -661,30 +679,68 @@ def read_annotations(name, data_root, splits=None):
 def read_split(records, to_entry, path, info, data_root, listing):
     """A Split from the records of one split."""
     samples, missing, notes = [], set(), Counter()
+    own = info.images == "own"
+    boxes = []  # (path of the image, if it is there, and its box) of one's own data
     expressions = number = 0
     try:
         for number, record in enumerate(records, start=1):
             entry = to_entry(record)
-            texts = [str.strip(text).lower() for text in entry.texts]  # bytes are an error
+            texts = [str.strip(text) for text in entry.texts]  # bytes are an error
             expressions += len(texts)
             x1, y1, x2, y2 = map(float, entry.box)  # fractions are kept (D12)
             width, height = entry.size or (math.inf, math.inf)
+            image, is_there = find_image(entry.image, info.images, data_root, listing)
+            if own:
+                boxes.append((image if is_there else None, (x1, y1, x2, y2)))
             box = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
             if not math.isfinite(x1 + y1 + x2 + y2) or box[0] >= box[2] or box[1] >= box[3]:
                 notes[f"box without area left out, {entry.title or f'entry {number}'}"] += 1
                 continue
             notes[CLIPPED_NOTE] += box != (x1, y1, x2, y2)
-            notes[EMPTY_NOTE] += texts.count("")
-            image, is_there = find_image(entry.image, info.images, data_root, listing)
             if not is_there:
                 missing.add(image)
             for text in texts:
-                if text:
-                    samples.append(Sample(image, text, box, entry.size))
+                # of most texts it is plain, without cleaning them
+                plain = text.isascii() and "&" not in text and any(map(str.isalnum, text))
+                if plain or not is_empty(text):
+                    samples.append(Sample(image, text, box, entry.size, upright=own))
+                else:
+                    notes[EMPTY_NOTE] += 1
     except READING_ERRORS as error:
         what = f"{path}, entry {number}, cannot be used ({type(error).__name__}: {error})"
         raise HiVGError(f"{what}: {info.help}.") from error
+    if boxes:
+        check_convention(path, boxes)
     return Split(PackedSamples(samples), expressions, notes, sorted(missing))
+
+
+def check_convention(path, boxes):
+    """Raise HiVGError if most boxes of one's own data cannot be x1, y1, x2, y2 in pixels.
+
+    boxes: (path of the image or None, box). Of 200 of them, evenly chosen, the images are opened,
+    to see whether the boxes stick out of them.
+    """
+    chosen = boxes[:: math.ceil(len(boxes) / 200)]
+    tiny = odd = 0
+    for image_path, (x1, y1, x2, y2) in chosen:
+        width = height = math.inf
+        if image_path is not None:
+            with open_image(image_path) as image, reading(image_path):
+                width, height = turn_upright(image).size
+        tiny += max(x1, y1, x2, y2) <= 1
+        # a little outside is a matter of rounding
+        odd += x2 <= x1 or y2 <= y1 or x2 > 1.02 * width + 2 or y2 > 1.02 * height + 2
+    what = f"The boxes of {path} are not x1, y1, x2, y2 in pixels"
+    if tiny > len(chosen) / 2:
+        raise HiVGError(
+            f"{what}: {tiny} of {len(chosen)} lie below one pixel. Are they shares of the image? "
+            "Multiply them by its width and height."
+        )
+    if odd > len(chosen) / 2:
+        raise HiVGError(
+            f"{what}: {odd} of {len(chosen)} have no area or stick out of their images. Are they x, "
+            "y, width, height, or counted in thousandths of the image? Convert them."
+        )
 
 
 def find_image(file, kind, data_root, listing):
@@ -781,19 +837,30 @@ def no_expressions_error(name, split, data_root, available=(), report=()):
 
 # ----------------------------------------------------------------------------------- reading images
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # EPS, a program, is left out
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS, a program
+TURNS = {  # EXIF orientation -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # text in a PNG may be long
+warnings.filterwarnings("ignore", module="PIL")  # on oddities of files that it can read
 IMAGE_ERRORS = (*READING_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 def load_image(path, upright=True):
     """An image file as a PIL image, RGB; of an animation, the first frame.
 
-    upright: turn it as its EXIF orientation says. That is right for a user's own photograph; the
-    boxes of the data sets count in pixels as stored, so their images are read without it.
+    upright: turn it as its EXIF orientation says. That is right for a user's own photographs; the
+    boxes of published data sets count in pixels as stored, so their images are read without it.
     Raises HiVGError for a file that is missing, empty, damaged, not an image, or too large.
     """
     with open_image(path) as image, reading(path):
-        return to_rgb(ImageOps.exif_transpose(image) if upright else image)
+        return to_rgb(turn_upright(image) if upright else image)
 
 
 def reading(path):
@@ -807,14 +874,41 @@ def open_image(path):
         return Image.open(path, formats=FORMATS)
 
 
+def turn_upright(image):
+    """A PIL image as its EXIF orientation says; itself if there is nothing to turn."""
+    if image.format != "JPEG":
+        image.load()  # EXIF may come after the pixels
+    orientation = exif_orientation(image.info.get("exif", b""))
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def exif_orientation(exif):
+    """The orientation, 1 ... 8, in EXIF bytes; None if there is none. No other tag is read: whatever
+    is wrong with them (PIL gives up at some), every viewer shows the image upright."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    try:
+        (start,) = struct.unpack_from(f"{order}L", exif, 4)
+        (count,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, _, _, value = struct.unpack_from(f"{order}HHLH", exif, place)
+            if tag == ExifTags.Base.Orientation:
+                return value
+    except struct.error:  # it is no EXIF, or ends early
+        return None
+
+
 def to_rgb(image):
     """A PIL image of any mode as RGB: alpha is laid over white, numbers of 16 or 32 bits and floats
-    are scaled to 8 bits by the smallest usual range that holds them."""
+    are scaled to 8 bits by the smallest usual range that holds them, or by the largest of them if
+    that is far below."""
     if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         values = values - min(0, values.min())
-        ranges = [white for white in (1, 255, 4095, 65535) if values.max() <= white]
-        white = ranges[0] if ranges else values.max()
+        top = values.max() or 1
+        white = next((white for white in (1, 255, 4095, 65535) if top <= white), top)
+        if top < white / 4:
+            white = top
         image = Image.fromarray((255 * values / white).clip(0, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -1115,10 +1209,8 @@ def generate_shapes(folder):
     instances.json, refs(unc).p and images/; besides captions.json, {file name: captions} of the
     train scenes, and bpe_vocab.txt.gz, a vocabulary in the format of CLIP's.
 
-    The folder is complete or not there: it is made under another name and renamed at the end.
     """
-    unfinished = Path(f"{Path(folder)}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = Path(folder)
     (unfinished / "images").mkdir(parents=True)
     images, annotations, refs, captions, words = [], [], [], {}, set()
     split_of = {}  # a coarse look of a scene -> its split
@@ -1147,7 +1239,6 @@ def generate_shapes(folder):
     (unfinished / "captions.json").write_text(json.dumps(captions))
     (unfinished / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
     (unfinished / "bpe_vocab.txt.gz").write_bytes(gzip.compress(merges.encode(), mtime=0))
-    unfinished.replace(folder)
 
 
 def add_annotations(shapes, texts, image, split, annotations, refs):
@@ -1199,11 +1290,18 @@ def ignore_ctrl_c():
 
 
 def make_shapes(data_root):
-    """Generate the shapes data set below the data root if it is not there. Returns its folder."""
+    """Generate the shapes data set below the data root if it is not there. Returns its folder.
+
+    The folder is complete or not there: it is made under another name and renamed at the end.
+    """
     folder = Path(data_root, "shapes")
     if not folder.exists():
         with user_error(f"{folder} cannot be written", "name another --data-root", (OSError,)):
-            generate_shapes(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
+                generate_shapes(Path(unfinished, "shapes"))
+                if not folder.exists():  # another process may have been faster
+                    Path(unfinished, "shapes").replace(folder)
     return folder
 
 
@@ -1226,7 +1324,8 @@ def check_dataset(name, data_root):
         paths -= set(split.missing)
     paths = sorted(paths)
     with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
-        bar = tqdm(pool.imap(readable_size, paths, 8), "opening images", len(paths), unit="image")
+        read = functools.partial(readable_size, upright=name == "own")
+        bar = tqdm(pool.imap(read, paths, 8), "opening images", len(paths), unit="image")
         sizes = dict(zip(paths, bar))
 
     print("split    expressions  published  missing images  unreadable images  odd boxes")
@@ -1262,10 +1361,10 @@ def check_dataset(name, data_root):
         raise HiVGError(f"{name} is not complete, {'; '.join(problems)}: {info.help}.")
 
 
-def readable_size(path):
+def readable_size(path, upright):
     """(width, height) of an image, which is decoded to its end; a str, the reason, if it can't be."""
     try:
-        return load_image(path, upright=False).size
+        return load_image(path, upright).size
     except HiVGError as error:
         return str(error)
 
@@ -1321,7 +1420,7 @@ def download_and_unpack(url, data_root, folder, prefix=""):
                         pass
                 shutil.unpack_archive(archive, unpacked, "gztar", filter="data")
         except damage as error:
-            archive.unlink()
+            archive.unlink(missing_ok=True)
             what = f"{archive} from {url} was damaged ({error}) and is deleted"
             raise HiVGError(f"{what}: run it again.") from error
         folder.mkdir(parents=True, exist_ok=True)
@@ -1329,7 +1428,7 @@ def download_and_unpack(url, data_root, folder, prefix=""):
         for file in sorted(Path(unpacked).rglob(prefix + "*"), key=lambda file: file.name):
             if file.is_file():
                 file.replace(folder / file.name)
-        archive.unlink()
+        archive.unlink(missing_ok=True)
 
 
 def main():
@@ -1337,7 +1436,12 @@ def main():
     parser = argparse.ArgumentParser(description="Check a data set, or fetch it.")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--dataset", required=True, help=", ".join(DATASETS))
-    parser.add_argument("--data-root", default="data", help="folder of the data (default: data)")
+    parser.add_argument(
+        "--data-root",
+        type=os.path.expanduser,
+        default="data",
+        help="folder of the data (default: data)",
+    )
     args = parser.parse_args()
     clip_model.run_main(commands[args.command], args.dataset, args.data_root)
 

@@ -30,36 +30,47 @@ import argparse
 import functools
 import io
 import os
+import socket
 import sys
 import tempfile
 import textwrap
+import weakref
 from datetime import timedelta
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 # ------------------------------------------------------------------------------- boxes and accuracy
 
 
-@torch.inference_mode()
 def ground(model, image, text):
     """The box of what `text` means in a PIL image: (x1, y1, x2, y2) in its pixels.
 
     Raises HiVGError if the expression is empty.
     """
-    if not text.strip():
-        raise HiVGError("The expression is empty: say in words which object is meant.")
+    return tuple(ground_texts(model, image, [text])[0].tolist())
+
+
+@torch.inference_mode()
+def ground_texts(model, image, texts):
+    """`ground` for several texts in one batch: [len(texts), 4]."""
+    for text in texts:
+        if clip_model.is_empty(text):
+            what = f"The expression {text!r} is empty"
+            raise HiVGError(f"{what}: say in words which object is meant.")
     square, geometry = data.preprocess(image, model.config.image_size)  # uint8 [3, S, S]
     batch = {
-        "image": square[None],
-        "inner": torch.tensor(geometry.inner)[None],
-        "tokens": model.tokenize(text),
+        "image": square.expand(len(texts), -1, -1, -1),
+        "inner": torch.tensor([geometry.inner] * len(texts)),
+        "tokens": model.tokenize(texts),
     }
-    boxes = model.eval()(*model_inputs(model, batch)).boxes  # [1, 4]
-    return tuple(data.box_to_pixels(boxes[0].cpu(), geometry).tolist())
+    boxes = model.eval()(*model_inputs(model, batch)).boxes  # [len(texts), 4]
+    return data.box_to_pixels(boxes.cpu(), geometry)
 
 
 def model_inputs(model, batch):
@@ -119,32 +130,57 @@ LENGTHS = ("1-5", "6-7", "8-10", "11+")  # words of an expression (paper, Fig. 6
 def summary(dataset, predicted, true):
     """Accuracy of a split whose boxes `predict` gives:
 
-    {"split", "expressions", "acc", "miou", "lengths"}; acc is Acc@0.5, the share of expressions with
-    an IoU of 0.5 or more, miou the mean IoU, both in percent. lengths is {"1-5": {"expressions",
-    "acc"}, ...}, the same by number of words.
+    {"split", "expressions", "acc", "interval", "acc70", "acc90", "miou", "lengths"}; acc is Acc@0.5,
+    the share of expressions with an IoU of 0.5 or more, interval its 95 % confidence interval,
+    acc70 and acc90 the shares for 0.7 and 0.9, miou the mean IoU, all in percent. lengths is
+    {"1-5": {"expressions", "acc"}, ...}, the same by number of words.
     """
     iou = clipped_iou(predicted, true)
     words = torch.tensor([len(sample.text.split()) for sample in dataset.samples])
     bins = torch.bucketize(words, torch.tensor((6, 8, 11)), right=True)
     lengths = {name: accuracy(iou[bins == number]) for number, name in enumerate(LENGTHS)}
-    miou = round(100 * iou.mean().item(), 2)
-    return {"split": dataset.split, **accuracy(iou), "miou": miou, "lengths": lengths}
+    return {
+        "split": dataset.split,
+        **accuracy(iou),
+        "interval": wilson_interval((iou >= 0.5).sum().item(), len(iou)),
+        "acc70": accuracy(iou, 0.7)["acc"],
+        "acc90": accuracy(iou, 0.9)["acc"],
+        "miou": round(100 * iou.mean().item(), 2),
+        "lengths": lengths,
+    }
 
 
-def accuracy(iou):
-    """{"expressions", "acc"} of IoUs [N]: their number and Acc@0.5 in percent; None without any."""
+def accuracy(iou, threshold=0.5):
+    """{"expressions", "acc"} of IoUs [N]: their number and Acc@threshold in percent; None without
+    any."""
     acc = None
     if len(iou):
-        acc = round(100 * (iou >= 0.5).float().mean().item(), 2)
+        acc = round(100 * (iou >= threshold).float().mean().item(), 2)
     return {"expressions": len(iou), "acc": acc}
 
 
+def wilson_interval(right, n, z=1.96):
+    """[low, high] in percent: the 95 % confidence interval of a share p = right / n (Wilson 1927),
+
+        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    as if the expressions were independent; those of one image are not quite.
+    """
+    p = right / n
+    middle = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return [round(100 * value / (1 + z**2 / n), 2) for value in (middle - half, middle + half)]
+
+
 def format_table(rows):
-    """The rows of `summary` as lines of text: Acc@0.5 and mean IoU by split, then Acc@0.5 by number
-    of words."""
-    lines = [f"{'split':8} {'expressions':>11} {'Acc@0.5':>8} {'mean IoU':>8}"]
+    """The rows of `summary` as lines of text: accuracies and mean IoU by split, then Acc@0.5 by
+    number of words."""
+    header = ("split", "expressions", "Acc@0.5", "95 % interval", "Acc@0.7", "Acc@0.9", "mean IoU")
+    lines = ["{:8} {:>11} {:>8} {:>15} {:>8} {:>8} {:>8}".format(*header)]
     for row in rows:
-        lines.append("{split:8} {expressions:11,} {acc:7.2f}% {miou:7.2f}%".format(**row))
+        interval = "{:.2f}-{:.2f}%".format(*row["interval"])
+        cells = "{split:8} {expressions:11,} {acc:7.2f}%".format(**row), f"{interval:>15}"
+        lines.append(" ".join([*cells, "{acc70:7.2f}% {acc90:7.2f}% {miou:7.2f}%".format(**row)]))
     lines += ["", "words    " + " ".join(f"{name:>16}" for name in LENGTHS)]
     for row in rows:
         cells = []
@@ -160,7 +196,10 @@ def evaluate_splits(
 ):
     """Evaluate splits of a data set (None: all but train): print the table and write, into `output`,
     a contact sheet for each split and results_NAME.json, or results_NAME_SPLIT.json for the splits
-    that were asked for. annotations: {name: what data.read_annotations gives}, if they are read."""
+    that were asked for. annotations: {name: what data.read_annotations gives}, if they are read.
+
+    Returns a (GroundingDataset, predicted, true) for each split.
+    """
     if annotations is None:
         annotations = {name: data.read_annotations(name, data_root, splits)}
     check_writable(output)
@@ -170,19 +209,35 @@ def evaluate_splits(
     if not splits:
         raise data.no_expressions_error(name, "val", data_root, available=annotations[name])
     datasets = [open_split(model, name, s, data_root, annotations=annotations) for s in splits]
-    rows = []
+    rows, evaluated = [], []
     for dataset in datasets:
         predicted, true = predict(model, dataset, workers=workers, bf16=bf16)
         rows.append(summary(dataset, predicted, true))
+        evaluated.append((dataset, predicted, true))
         if process_rank() == 0:
             for note in dataset.report:
                 print(f"{dataset.split}: {note}")
             contact_sheet(dataset, predicted, true, output / f"{name}_{dataset.split}.png")
     if process_rank() == 0:
-        print(format_table(rows))
+        print(f"{name}:\n{format_table(rows)}")
         content = {"checkpoint": str(checkpoint), "dataset": name, "results": rows}
         write_text(output / f"{results}.json", json.dumps(content, indent=2) + "\n")
         print(f"written to {output}: {results}.json")
+    return evaluated
+
+
+def box_lines(dataset, predicted, true):
+    """A JSON line for each expression of a split: image, text, the true and the found box, x1, y1,
+    x2, y2 in the image's pixels, and their IoU."""
+    lines = []
+    iou = clipped_iou(predicted, true)
+    for sample, found, box, value in zip(dataset.samples, predicted, true, iou.tolist()):
+        geometry = data.letterbox((0, 0, *data.image_size(sample)), dataset.image_size)
+        line = {"split": dataset.split, "image": sample.image, "text": sample.text}
+        for name, b in (("true", box), ("found", found)):
+            line[name] = [round(v, 2) for v in data.box_to_pixels(b, geometry).tolist()]
+        lines.append(json.dumps(line | {"iou": round(value, 4)}) + "\n")
+    return lines
 
 
 # ----------------------------------------------------------------------- attention maps and drawings
@@ -232,12 +287,35 @@ def first_query_attention(q, k, heads, padding=None):
 
 
 TRUE_COLOUR, FOUND_COLOUR = (30, 160, 60), (220, 40, 30)
+# of several texts: the first, then others
+COLOURS = (FOUND_COLOUR, (30, 90, 220), (20, 140, 60), (190, 60, 190), (210, 120, 0), (0, 140, 150))
 
 
 def draw_box(image, box, colour):
     """Draw (x1, y1, x2, y2) into a PIL image."""
     width = max(1, round(max(image.size) / 120))
     ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
+
+
+def draw_found(image, boxes, texts, side=480):
+    """A drawing of boxes in a PIL image, each in a colour of its own and with its text. An image of
+    fewer than `side` pixels is enlarged."""
+    scale = math.ceil(side / max(image.size))
+    drawing = image.resize((scale * image.width, scale * image.height), Image.BICUBIC)
+    font = ImageFont.load_default(max(14, max(drawing.size) // 50))
+    for number, (box, text) in enumerate(zip(boxes, texts)):
+        colour = COLOURS[number % len(COLOURS)]
+        box = [scale * value for value in box]
+        draw_box(drawing, box, colour)
+        label = textwrap.shorten(text, 60, placeholder="...") or text[:60]
+        draw = ImageDraw.Draw(drawing)
+        _, _, width, height = draw.textbbox((3, 1), label, font)
+        # above the box, or at its top if there is no room
+        x = max(0, min(box[0], drawing.width - width - 3))
+        y = box[1] - height - 3 if box[1] > height + 3 else box[1]
+        draw.rectangle((x, y, x + width + 3, y + height + 3), fill=colour)
+        draw.text((x + 3, y + 1), label, "white", font)
+    return drawing
 
 
 def save_image(image, path):
@@ -273,7 +351,7 @@ def contact_sheet(dataset, predicted, true, path, count=24):
     places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset)))
     for index in places.long().tolist():
         sample = dataset.samples[index]
-        image = data.load_image(sample.image, upright=False)
+        image = data.load_image(sample.image, sample.upright)
         geometry = data.letterbox((0, 0, *image.size), dataset.image_size)
         for boxes, colour in ((true, TRUE_COLOUR), (predicted, FOUND_COLOUR)):
             draw_box(image, data.box_to_pixels(boxes[index], geometry).tolist(), colour)
@@ -299,20 +377,26 @@ def attention_overlay(image, weights, side):
 
 
 def ground_and_draw(model, image_path, texts, attention, output):
-    """Find each text in an image file, print its box and draw it; attention: draw the maps, too."""
-    image, panels = data.load_image(image_path), []
-    for text in texts:
-        box = ground(model, image, text)
+    """Find texts in an image file, print their boxes and draw them, all into one image; attention:
+    a row of panels for each text, with the maps."""
+    image = data.load_image(image_path)
+    boxes = ground_texts(model, image, texts).tolist()
+    for text, box in zip(texts, boxes):
         print(f"{image_path}: {text}: " + " ".join(f"{value:.1f}" for value in box))
-        drawing = image.copy()
-        draw_box(drawing, box, FOUND_COLOUR)
-        panels.append((drawing, text))
-        if attention:
+    if len(texts) > 1 and not any(" " in text for text in texts):
+        print(f"(these are {len(texts)} expressions; quotes keep the words of one together)")
+    if attention:
+        panels = []
+        for text, box in zip(texts, boxes):
+            panels.append((image.copy(), text))
+            draw_box(panels[-1][0], box, FOUND_COLOUR)
             for name, weights in attention_maps(model, image, text).items():
                 panels.append((attention_overlay(image, weights, model.config.image_size), name))
-    if attention:
         drawing = image_grid(panels, columns=len(panels) // len(texts))
-    save_image(drawing, output or Path(image_path).stem + "_found.png")
+    else:
+        drawing = draw_found(image, boxes, texts)
+    ending = "_attention.png" if attention else "_found.png"
+    save_image(drawing, output or Path(image_path).stem + ending)
 
 
 def plot_curve(logs):
@@ -431,6 +515,34 @@ def peak_memory(device):
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class PeakMemory(TorchDispatchMode):
+    """A context that counts the bytes of the tensors that are made in it. `peak`: the most that
+    there were at one time. Workspaces inside of kernels are not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.bytes, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self.count(value.untyped_storage())
+        return result
+
+    def count(self, storage):
+        if id(storage) not in self.alive:
+            size = storage.nbytes()
+            self.alive.add(id(storage))
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+            weakref.finalize(storage, self.freed, id(storage), size)
+
+    def freed(self, number, size):
+        self.alive.remove(number)
+        self.bytes -= size
+
+
 def random_model(name):
     """HiVG in stage 3 around a CLIP of size `name`, a key of CLIP_CONFIGS, with random weights and
     a vocabulary of single letters."""
@@ -454,6 +566,9 @@ def synthetic_batch(model, count):
 # ----------------------------------------------------------------------------- device and processes
 
 
+PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun
+
+
 def setup_device(name=None):
     """The device of this process: the one asked for, or the best there is (cuda, mps, cpu).
 
@@ -461,9 +576,15 @@ def setup_device(name=None):
     all but the first print nothing. Raises HiVGError if there is no such device.
     """
     if name is None:
-        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     distributed = "LOCAL_RANK" in os.environ
-    if distributed and torch.device(name) == torch.device("cuda"):
+    others = max(int(os.environ.get(variable, 1)) for variable in PROCESS_COUNTS)
+    if others > 1 and not distributed:
+        what = f"{others} processes were started that do not know of one another"
+        raise HiVGError(f"{what}: start one torchrun on each machine, and let it start them.")
+    if distributed and name.startswith("cuda"):
+        if name != "cuda":
+            raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     errors = (RuntimeError, AssertionError)  # the latter if torch was built without CUDA
     with user_error(f"There is no device {name} here", "leave --device out", errors):
@@ -475,8 +596,13 @@ def setup_device(name=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        # the first process may prepare data for a while, and the others wait for it
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        what, hint = "The processes cannot reach one another", "look at MASTER_ADDR, MASTER_PORT"
+        hint += ", GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; on one machine use --standalone"
+        with user_error(what, hint, (RuntimeError, ValueError, OSError)):
+            if "MASTER_ADDR" in os.environ:  # torch would try for hours
+                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+            # the first process may prepare data for a while, and the others wait for it
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
         if process_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -514,6 +640,13 @@ def check_writable(folder):
         tempfile.TemporaryFile(dir=folder).close()
 
 
+def check_no_input(output, inputs):
+    """Raise HiVGError if `output` is a file that is read."""
+    for path in inputs:
+        if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
+            raise HiVGError(f"{output} would overwrite {path}: name another file.")
+
+
 def number_from(low, kind=int):
     """argparse's type of a number that is at least `low`."""
 
@@ -531,8 +664,14 @@ def run(args):
         save_image(plot_curve(args.curve), args.output or "curve.png")
         return
     device = setup_device(args.device)
-    if args.dataset is not None:
-        data.check_files(args.dataset, args.data_root)  # before anything is read
+    inputs = [args.checkpoint, args.image] if args.image else [args.checkpoint]
+    for dataset in args.dataset or ():  # before anything is read
+        inputs += data.check_files(dataset, args.data_root)[1].values()
+    for written in (args.output, args.save_boxes):
+        if written:
+            check_no_input(written, inputs)
+    if args.save_boxes:
+        check_writable(Path(args.save_boxes).parent)
     name = str(args.checkpoint)
     if args.benchmark and name in CLIP_CONFIGS:
         model = random_model(name)
@@ -545,12 +684,20 @@ def run(args):
     model.merge().eval()
     if args.dataset is not None:
         output = Path(args.output or args.checkpoint.parent)
-        workers = args.workers
-        if workers is None:
-            workers = data.default_workers([args.dataset])
-        evaluate_splits(
-            model, name, args.dataset, args.split, args.data_root, output, workers, args.bf16
-        )
+        lines = []
+        for dataset in args.dataset:
+            workers = args.workers
+            if workers is None:
+                workers = data.default_workers([dataset])
+            evaluated = evaluate_splits(
+                model, name, dataset, args.split, args.data_root, output, workers, args.bf16
+            )
+            if args.save_boxes and process_rank() == 0:
+                for split_dataset, predicted, true in evaluated:
+                    lines += box_lines(split_dataset, predicted, true)
+        if args.save_boxes and process_rank() == 0:
+            write_text(args.save_boxes, "".join(lines))
+            print(f"boxes written to {args.save_boxes}")
     elif process_rank() == 0:
         ground_and_draw(model, args.image, args.text, args.attention, args.output)
 
@@ -561,18 +708,23 @@ def main():
     )
     add = parser.add_argument
     one_of = parser.add_mutually_exclusive_group(required=True).add_argument
+    expanded = os.path.expanduser
     add(
         "checkpoint",
         nargs="?",
-        type=Path,
+        type=lambda text: Path(expanded(text)),
         help="of train.py or HiVG's authors; of --benchmark also a CLIP's name",
     )
-    one_of("--image", help="find something in this image")
-    add("--text", nargs="+", help="what to find there; with --attention one text or more")
+    one_of("--image", type=expanded, help="find something in this image")
+    add("--text", nargs="+", help="what to find there, one or several expressions in quotes")
     add("--attention", action="store_true", help="draw where the model looked, a row for each text")
-    one_of("--dataset", help=f"or evaluate this data set, one of {', '.join(data.DATASETS)}")
-    add("--split", nargs="+", help="these splits of it (default: all but train)")
-    add("--data-root", default="data", help="folder of the data sets (default: data)")
+    known = ", ".join(data.DATASETS)
+    one_of("--dataset", nargs="+", help=f"or evaluate these data sets, of {known}")
+    add("--split", nargs="+", help="these splits of them (default: all but train)")
+    add("--save-boxes", type=expanded, metavar="FILE", help="write a JSON line for each expression")
+    add(
+        "--data-root", type=expanded, default="data", help="folder of the data sets (default: data)"
+    )
     add(
         "--workers",
         type=number_from(0),
@@ -581,8 +733,14 @@ def main():
     one_of("--benchmark", action="store_true", help="or measure speed, size and cost")
     add("--batch-size", type=number_from(1), default=32, help="of --benchmark (default: 32)")
     add("--bf16", action="store_true", help="of --dataset and --benchmark: bf16 autocast")
-    one_of("--curve", nargs="+", metavar="LOG", help="or draw the curves of runs' log.jsonl")
-    add("--output", help="the image to draw, or the folder of a data set's results")
+    one_of(
+        "--curve",
+        nargs="+",
+        type=expanded,
+        metavar="LOG",
+        help="or draw the curves of runs' log.jsonl",
+    )
+    add("--output", type=expanded, help="the image to draw, or the folder of a data set's results")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args()
     if bool(args.checkpoint) == bool(args.curve):
@@ -591,10 +749,8 @@ def main():
         parser.error("--image and --text belong together")
     if args.attention and args.image is None:
         parser.error("--attention is for --image")
-    if args.split and args.dataset is None:
-        parser.error("--split is for --dataset")
-    if args.text and len(args.text) > 1 and not args.attention:
-        parser.error("without --attention give one --text")
+    if (args.split or args.save_boxes) and args.dataset is None:
+        parser.error("--split and --save-boxes are for --dataset")
     clip_model.run_main(run, args)
 
 

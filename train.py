@@ -39,7 +39,9 @@ from hivg import BRIDGE_TEXT_LAYERS, LOSS_WEIGHTS, HiVG, HiVGConfig, compute_los
 # isort: split
 # imports of the sections on the CLIP for shapes and the command line
 import argparse
+import copy
 import functools
+import os
 import re
 from dataclasses import asdict
 
@@ -631,6 +633,8 @@ def run(given):
         what = f"{len(train_set)} expressions are fewer than the batches of a step"
         raise HiVGError(f"{what}: give a smaller --accumulate, or start fewer processes.")
     print_summary(settings, model, train_set, annotations, device)
+    if device.type == "cuda":
+        print_memory(settings, model, device)
     if process_rank() == 0:
         used = {"settings": vars(settings), "model": asdict(model.config)}
         write_text(output / "config.json", json.dumps(used, indent=2))
@@ -725,6 +729,46 @@ def print_summary(settings, model, train_set, annotations, device):
     print(parameter_table(model), flush=True)
 
 
+def step_bytes(model, batch_size, dtype):
+    """Bytes that a training step of the model takes on its device, counted on batches of 2 and 4
+    and scaled up: weights, AdamW's moments, and at their peak the gradients and all that the
+    forward pass keeps for the backward pass."""
+    model = copy.deepcopy(model).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    scaler = torch.amp.GradScaler(enabled=False)
+    peaks = []
+    for size in (2, 2, 4):  # the first step makes the moments
+        batch = evaluate.synthetic_batch(model, size)
+        with evaluate.PeakMemory() as memory:
+            train_step(model, [batch], [0], optimizer, scaler, LOSS_WEIGHTS, dtype)
+        peaks.append(memory.peak)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    moments = 2 * sum(p.nbytes for p in trained)
+    of_a_sample = (peaks[2] - peaks[1]) / 2
+    return weights + moments + peaks[1] + (batch_size - 2) * of_a_sample
+
+
+def print_memory(settings, model, device):
+    """Print what the largest step of a run will take, beside what the GPU has."""
+    model = copy.deepcopy(model)
+    model.checkpointing = settings.checkpointing
+    needs = []
+    for stage in stage_epochs(settings):
+        model.enter_stage(stage)
+        batch_size = stage_value(settings.batch_size, stage)
+        needs.append((step_bytes(model, batch_size, autocast_dtype(device)), stage, batch_size))
+    need, stage, batch_size = max(needs)
+    _, total = torch.cuda.mem_get_info(device)
+    line = (
+        f"a step of stage {stage}, of {batch_size} expressions, takes about {need / 2**30:.1f} GiB"
+    )
+    line += f"; this GPU has {total / 2**30:.1f} GiB"
+    if need > 0.9 * total:
+        line += ": --checkpointing takes far less, or a smaller --batch-size with more --accumulate"
+    print(line, flush=True)
+
+
 def loss_weight(text):
     """argparse's type of NAME=WEIGHT, one of the losses."""
     name, _, weight = text.partition("=")
@@ -745,9 +789,17 @@ def main():
     real = evaluate.number_from(0, float)
     # data and weights
     add("--dataset", nargs="+", required=True, help=f"one or several of {', '.join(data.DATASETS)}")
-    add("--data-root", help="folder of the data sets (default: data)")
-    add("--clip", help="CLIP's name or file (default: ViT-B/16; shapes: one that is trained first)")
-    add("--init", help="start from a checkpoint of train.py or HiVG's authors instead of CLIP")
+    add("--data-root", type=os.path.expanduser, help="folder of the data sets (default: data)")
+    add(
+        "--clip",
+        type=os.path.expanduser,
+        help="CLIP's name or file (default: ViT-B/16; shapes: one that is trained first)",
+    )
+    add(
+        "--init",
+        type=os.path.expanduser,
+        help="start from a checkpoint of train.py or HiVG's authors instead of CLIP",
+    )
     add("--image-size", type=positive, help="side of the square in pixels (default: CLIP's)")
     add("--no-augment", dest="augment", action="store_false", help="images as they are")
     # what is trained, and how long: one value for all stages, or one for each
@@ -778,7 +830,11 @@ def main():
     add("--checkpointing", action="store_true", help="less memory, longer steps: layers run twice")
     add("--compile", action="store_true", help="let torch.compile make the steps faster")
     # the run
-    add("--output", help="folder of checkpoints and log (default: runs/DATASET)")
+    add(
+        "--output",
+        type=os.path.expanduser,
+        help="folder of checkpoints and log (default: runs/DATASET)",
+    )
     add("--resume", action="store_true", help="continue from OUTPUT/last.pt, if it is there")
     add("--seed", type=count, help="of all that is random (default: 0)")
     add("--device", help="cuda, mps or cpu (default: the best there is)")

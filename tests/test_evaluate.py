@@ -289,7 +289,7 @@ def test_curve_of_no_log(monkeypatch, tmp_path, content):
         "best.pt --image a.jpg",
         "best.pt --image a.jpg --text red --dataset refcoco",
         "best.pt --dataset refcoco --text red",
-        "best.pt --image a.jpg --text red blue",
+        "best.pt --image a.jpg --text red --save-boxes boxes.jsonl",
         "best.pt --benchmark --attention",
         "best.pt --benchmark --batch-size 0",
         "best.pt --benchmark --batch-size many",

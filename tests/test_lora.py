@@ -191,6 +191,13 @@ def test_dropout_is_on_the_newest_pair_in_training_alone(x):
     close(layers(x), without(x))
 
 
+def test_the_merged_state_dict_is_that_of_plain_layers(x):
+    """merged_state_dict loads into layers without LoRA, which then give the same outputs."""
+    layers, plain = tower_in_stage(2), nn.Sequential(*(Layer() for _ in range(6))).double()
+    plain.load_state_dict(lora.merged_state_dict(layers))
+    close(plain(x), layers(x))
+
+
 def test_lora_state_dict_holds_exactly_the_pairs(x):
     """lora_state_dict gives every pair and nothing else, and restores them in another tower."""
     layers, other = tower_in_stage(2), tower()

@@ -21,7 +21,7 @@ import data
 import evaluate
 import train
 from clip_model import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
-from hivg import HiVG, HiVGConfig, load_checkpoint, save_checkpoint
+from hivg import HiVG, HiVGConfig, box_iou, load_checkpoint, save_checkpoint
 
 
 def command(monkeypatch, module, *words):
@@ -99,6 +99,69 @@ def test_each_stage_begins_from_the_best_of_the_one_before(finished):
     trained = [line for line in log if line["epoch"] >= 0]
     assert all(math.isfinite(v) and v > 0 for line in trained for v in line["losses"].values())
     assert len({line["miou"] for line in log}) > 3  # the runs do change the model
+
+
+def first_epoch_of(monkeypatch, checkpoint, root, output, *more):
+    """The log of --init CHECKPOINT, one epoch of the warm-up and one of stage 1."""
+    line = ["--dataset", "refcoco", "--data-root", root, "--init", checkpoint, "--output", output]
+    line += ["--epochs", 1, 1, 0, 0, "--batch-size", 4, "--lr", "1e-3", "--accumulate", 1]
+    line += ["--no-augment", "--device", "cpu", *more]
+    assert command(monkeypatch, train, *line) is None
+    return log_of(output)
+
+
+def test_a_run_starts_from_a_checkpoint(monkeypatch, finished, refer_root, tmp_path):
+    """--init: the first evaluation is that of the checkpoint; its pairs have become part of the
+    matrices, and fresh ones are trained. Resuming such a run needs no more flags than any other."""
+    output = tmp_path / "run"
+    log = first_epoch_of(monkeypatch, finished / "best.pt", refer_root, output, "--rank", 3)
+    model = load_checkpoint(finished / "best.pt")
+    val = evaluate.open_split(model, "refcoco", "val", refer_root)
+    expected = evaluate.summary(val, *evaluate.predict(model, val))
+    assert (log[0]["stage"], log[0]["epoch"]) == (0, -1)
+    assert {name: log[0][name] for name in expected} == expected
+    assert [(line["stage"], line["epoch"]) for line in log[1:]] == [(0, 0), (1, -1), (1, 0)]
+    assert log[1]["miou"] != log[0]["miou"]
+
+    started, before = load_checkpoint(output / "last.pt"), model.visual_blocks[0].attn.in_proj
+    in_proj = started.visual_blocks[0].attn.in_proj
+    assert list(in_proj.lora_A) == ["1"] and in_proj.lora_A["1"].shape[1] == 3
+    assert in_proj.lora_B["1"].any()
+    assert torch.equal(in_proj.weight, before.folded) and not torch.equal(
+        before.weight, before.folded
+    )
+    line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
+    assert command(monkeypatch, train, *line, "--data-root", refer_root) is None
+
+
+@pytest.mark.parametrize("name", ["base", "large"])
+def test_a_run_starts_from_the_authors_files(
+    monkeypatch, shared, refer_root, tmp_path, clip_vocabulary, name
+):
+    """The same for both golden files: masks, mean and sizes are those of the file."""
+    path = shared / f"golden/official_{name}_checkpoint.pth"
+    log = first_epoch_of(monkeypatch, path, refer_root, tmp_path / "run")
+    model = load_checkpoint(path)
+    val = evaluate.open_split(model, "refcoco", "val", refer_root)
+    assert log[0]["miou"] == evaluate.summary(val, *evaluate.predict(model, val))["miou"]
+    started = load_checkpoint(tmp_path / "run/best.pt").config
+    for field in ("authors", "mean", "image_size", "visual_layers", "bridge_layers", "text_layers"):
+        assert getattr(started, field) == getattr(model.config, field)
+    assert log[1]["miou"] != log[0]["miou"]
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [("--clip x.pt", "--clip"), ("--image-size 96", "--image-size"), ("--no-bridges", "--bridge")]
+    + [("--visual-layers 1", "--visual-layers"), ("--init absent.pt", "absent.pt")],
+)
+def test_what_contradicts_the_checkpoint_is_named(
+    monkeypatch, finished, refer_root, tmp_path, flags, named
+):
+    line = ["--dataset", "refcoco", "--data-root", refer_root, "--init", finished / "best.pt"]
+    line += ["--output", tmp_path / "run", "--device", "cpu", *flags.split()]
+    code = command(monkeypatch, train, *line)
+    assert code.startswith("error: ") and named in code and "\n" not in code
 
 
 def test_training_leaves_clip_as_it_was(finished, clip_file):
@@ -315,10 +378,8 @@ def test_a_rate_that_is_held():
 def test_the_minutes_that_remain(monkeypatch):
     """They follow from the work that is left, evaluations included, and the pace so far; a resumed
     run does not count what is done. Before the first steps there is nothing to say."""
-    settings, clock = (
-        argparse.Namespace(preset="base", without_bridges=0, epochs=(2, 1, 0, 0)),
-        [0.0],
-    )
+    settings = argparse.Namespace(preset="base", without_bridges=0, epochs=(2, 1, 0, 0), init=None)
+    clock = [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     pace = train.Pace(settings, [], train_size=6000, val_size=600, at_end=1200)
     pace.add(trained=1200)  # slow, as first steps are
@@ -332,6 +393,34 @@ def test_the_minutes_that_remain(monkeypatch):
     done = [{"stage": 0, "epoch": 0}, {"stage": 0, "epoch": 1}]
     resumed = train.Pace(settings, done, train_size=6000, val_size=600, at_end=1200)
     assert resumed.left == 6000 + (2 * 600 + 1200) / 3
+
+
+def test_memory_of_a_step(tokenizer):
+    """What is counted on batches of 2 and 4 is what a larger batch takes; the peak of tensors that
+    come and go is counted by hand."""
+    with evaluate.PeakMemory() as memory:
+        a = torch.zeros(1000)
+        b = a + 1  # 8000 bytes
+        a = b.view(10, 100)  # the first is gone, and no new ones came
+        c = torch.zeros(500)  # 6000
+        del a, b, c
+    assert (memory.peak, memory.bytes) == (8000, 0)
+
+    model = tiny_model(tokenizer, 3)
+    few, many = (train.step_bytes(model, size, None) for size in (2, 16))
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    scaler = torch.amp.GradScaler(enabled=False)
+    for _ in range(2):
+        with evaluate.PeakMemory() as memory:
+            batch = evaluate.synthetic_batch(model, 16)
+            train.train_step(model, [batch], [0], optimizer, scaler, train.LOSS_WEIGHTS)
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    total = memory.peak + weights + 2 * sum(p.nbytes for p in trained)
+    assert many == pytest.approx(total, rel=0.05) and few < many / 2
+    model.checkpointing = True
+    assert train.step_bytes(model, 16, None) < 0.8 * many
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -409,7 +498,8 @@ def test_one_picture_on_the_command_line(monkeypatch, finished, tmp_path, capsys
     x1, y1, x2, y2 = map(float, first.rsplit(": ", 1)[1].split())
     assert 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 60
     drawn = np.asarray(Image.open(tmp_path / "found.png"))
-    assert drawn.shape == (60, 100, 3) and (drawn == evaluate.FOUND_COLOUR).all(axis=2).sum() > 20
+    assert drawn.shape == (300, 500, 3)  # small images are enlarged
+    assert (drawn == evaluate.FOUND_COLOUR).all(axis=2).sum() > 200
     model = load_checkpoint(finished / "best.pt")
     box = evaluate.ground(model, Image.new("RGB", (100, 60), "white"), "red one")
     assert box == pytest.approx((x1, y1, x2, y2), abs=0.5)
@@ -443,6 +533,39 @@ def test_accuracy_by_hand(tokenizer, refer_root):
     sticking_out = torch.tensor([[0.0, 0.5, 1.0, 1.0]])
     inside = torch.tensor([[0.25, 0.5, 0.5, 1.0]])
     assert evaluate.clipped_iou(sticking_out, inside).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("right, n, low, high", [(8, 10, 49.02, 94.33), (0, 5, 0, 43.45)])
+def test_the_interval_by_hand(right, n, low, high):
+    """Wilson's interval as other programs print it; it stays within 0 and 100."""
+    assert evaluate.wilson_interval(right, n) == pytest.approx([low, high], abs=0.01)
+    assert evaluate.wilson_interval(n - right, n) == pytest.approx(
+        [100 - high, 100 - low], abs=0.01
+    )
+
+
+def test_boxes_are_saved_for_others_to_compare(monkeypatch, finished, refer_root, tmp_path, capsys):
+    """--save-boxes of two data sets: a JSON line for each expression, from whose boxes the accuracies
+    of the table follow."""
+    shutil.copytree(refer_root, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(tmp_path / "refcoco", tmp_path / "refcoco+")
+    line = [finished / "best.pt", "--dataset", "refcoco", "refcoco+", "--data-root", tmp_path]
+    line += ["--output", tmp_path / "out", "--save-boxes", tmp_path / "out/boxes.jsonl"]
+    assert command(monkeypatch, evaluate, *line) is None
+    lines = [json.loads(row) for row in (tmp_path / "out/boxes.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and [row["split"] for row in lines[:6]] == ["val"] * 4 + ["testA"] * 2
+    assert all(Path(row["image"]).is_file() and row["text"].endswith(" one") for row in lines)
+    true, found = (torch.tensor([row[name] for row in lines]) for name in ("true", "found"))
+    iou = box_iou(found, true)
+    assert iou.tolist() == pytest.approx([row["iou"] for row in lines], abs=2e-3)
+    for name in ("refcoco", "refcoco+"):
+        results = json.loads((tmp_path / f"out/results_{name}.json").read_text())["results"]
+        for key, threshold in (("acc", 0.5), ("acc70", 0.7), ("acc90", 0.9)):
+            share = 100 * (iou[:4] >= threshold).float().mean().item()
+            assert results[0][key] == pytest.approx(share, abs=0.01)
+        low, high = results[0]["interval"]
+        assert 0 <= low <= results[0]["acc"] <= high <= 100
+    assert capsys.readouterr().out.count("95 % interval") == 2
 
 
 def test_predictions_do_not_depend_on_the_batch_size(tokenizer, refer_root):
