@@ -303,17 +303,25 @@ def draw_found(image, boxes, texts, side=480):
     scale = math.ceil(side / max(image.size))
     drawing = image.resize((scale * image.width, scale * image.height), Image.BICUBIC)
     font = ImageFont.load_default(max(14, max(drawing.size) // 50))
+    labels = []  # where they lie: x1, y1, x2, y2
     for number, (box, text) in enumerate(zip(boxes, texts)):
         colour = COLOURS[number % len(COLOURS)]
         box = [scale * value for value in box]
         draw_box(drawing, box, colour)
-        label = textwrap.shorten(text, 60, placeholder="...") or text[:60]
+        label = " ".join(text.split())
+        if len(label) > 60:
+            label = label[:57] + "..."
         draw = ImageDraw.Draw(drawing)
         _, _, width, height = draw.textbbox((3, 1), label, font)
         # above the box, or at its top if there is no room
         x = max(0, min(box[0], drawing.width - width - 3))
         y = box[1] - height - 3 if box[1] > height + 3 else box[1]
-        draw.rectangle((x, y, x + width + 3, y + height + 3), fill=colour)
+        place = x, y, x + width + 3, y + height + 3
+        while any(data.overlap(place, other) for other in labels):
+            y += height + 4
+            place = x, y, x + width + 3, y + height + 3
+        labels.append(place)
+        draw.rectangle(place, fill=colour)
         draw.text((x + 3, y + 1), label, "white", font)
     return drawing
 

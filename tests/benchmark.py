@@ -3,6 +3,7 @@
     python tests/benchmark.py                        # ViT-B/16, batches of 8, float32 on a CPU
     python tests/benchmark.py --clip ViT-L/14 --batch-size 32 --checkpointing --compile
     python tests/benchmark.py --ratios               # against the bare CLIP image encoder, CPU
+    python tests/benchmark.py --memory               # what a training step takes, counted
 
 The table has a training step of stage 3, inference, and reading; after it stand the hours that the
 steps of RefCOCO's schedule take at that speed. MFU is the share of what a large matrix product
@@ -134,6 +135,20 @@ def print_ratios(rounds):
         print_medians(jobs, 100 * rounds)
 
 
+def print_memory(name):
+    """What a training step of stage 3 takes, as `train.step_bytes` counts it, for batches of any
+    size."""
+    print(f"{'':16} {'dtype':14} {'fixed GiB':>10} {'MiB a sample':>13}")
+    for checkpointing in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = evaluate.random_model(name)
+            model.checkpointing = checkpointing
+            fixed, with_one = (train.step_bytes(model, size, dtype) for size in (0, 1))
+            option = "--checkpointing" if checkpointing else ""
+            sample = (with_one - fixed) / 2**20
+            print(f"{option:16} {dtype!s:14} {fixed / 2**30:10.2f} {sample:13.1f}", flush=True)
+
+
 def print_medians(jobs, rounds):
     """Print the median time of each job and its ratio to the first. All jobs take turns; the first
     two rounds do not count."""
@@ -160,9 +175,12 @@ if __name__ == "__main__":
     add("--compile", action="store_true")
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     add("--ratios", action="store_true", help="instead of the table: ratios, on a CPU")
+    add("--memory", action="store_true", help="instead of the table: GiB of a step, counted")
     add("--rounds", type=evaluate.number_from(1), default=10, help="of --ratios (default: 10)")
     args = parser.parse_args()
-    if args.ratios:
+    if args.memory:
+        print_memory(args.clip)
+    elif args.ratios:
         print_ratios(args.rounds)
     else:
         print_table(args)
