@@ -39,6 +39,7 @@ import secrets
 import struct
 import sys
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import zipfile
@@ -236,6 +237,7 @@ WORD_PATTERN = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
+BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers, which are shown as nothing
 MAX_CHARACTERS = 10_000  # of a text; 77 tokens hold far less
 MAX_MERGES = 49152 - 256 - 2  # CLIP's file holds more than CLIP uses
 
@@ -333,8 +335,9 @@ def clean_text(text):
 
 
 def is_empty(text):
-    """Whether a text says nothing: no character is left that can be seen."""
-    return not any(c.isprintable() and not c.isspace() for c in clean_text(text))
+    """Whether a text says nothing: it has no letter, number, mark of punctuation or symbol."""
+    text = clean_text(text).replace(START, "").replace(END, "")
+    return all(unicodedata.category(c)[0] not in "LNPS" or c in BLANK_LETTERS for c in text)
 
 
 def merge_pair(parts, pair):
@@ -412,14 +415,13 @@ def load_clip(name_or_path):
             state = {name: tensor for name, tensor in state.items() if ".cross_" not in name}
         if any(".lora_" in name for name in state):
             raise ValueError("it has LoRA pairs, whose alpha it does not tell: merge them first")
-        from_hugging_face = any(name.startswith("vision_model.") for name in state)
-        if from_hugging_face:
+        if any(name.startswith("vision_model.") for name in state):
             state = hugging_face_to_openai(state)
         state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
         config = infer_config(state)
         beside = Path(path).with_name("config.json")
-        if from_hugging_face and beside.is_file():
+        if beside.is_file():
             check_family(json.loads(beside.read_text(encoding="utf-8")), config)
     with torch.device("meta"):  # no memory, no random numbers: the file has all weights
         clip = CLIP(config)
@@ -456,13 +458,19 @@ def infer_config(state):
 
 
 def check_family(described, config):
-    """Raise ValueError if Hugging Face's config.json describes another network than `CLIP`."""
+    """Raise ValueError if Hugging Face's config.json, if it is one, describes another network than
+    `CLIP`."""
     widths = {"vision_config": config.vision_width, "text_config": config.text_width}
     for tower, width in widths.items():
-        expected = {"hidden_act": "quick_gelu", "num_attention_heads": max(1, width // 64)}
-        expected["layer_norm_eps"] = 1e-5
+        # older files have their values in vision_config_dict
+        values = (described.get(tower) or {}) | (described.get(f"{tower}_dict") or {})
+        expected = {
+            "hidden_act": "quick_gelu",
+            "num_attention_heads": max(1, width // 64),
+            "layer_norm_eps": 1e-5,
+        }
         for name, value in expected.items():
-            found = (described.get(tower) or {}).get(name, value)
+            found = values.get(name, value)
             if found != value:
                 raise ValueError(f"its config.json has {name} {found} in {tower}, not {value}")
 
@@ -670,7 +678,7 @@ def user_error(what, hint, errors=READING_ERRORS):
 def atomic_write(path):
     """Yield a temporary path and rename it to `path` on success: nobody sees half a file."""
     path = Path(path)
-    temporary = own_name(path)
+    temporary = own_name(path.with_name(f".{path.name}"))
     errors = (OSError, RuntimeError)  # torch.save raises RuntimeError if the disk is full
     with user_error(f"{path} cannot be written", "free some room or name another place", errors):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -689,8 +697,9 @@ def own_name(path):
 MEMORY_ERRORS = {  # words of torch's RuntimeErrors -> what its user can do
     "shared memory": "The processes that read images have too little shared memory: start the "
     "container with --shm-size=4g, or give --workers 0.",
-    "DataLoader worker": "A process that reads images was killed, mostly for lack of memory: give "
+    "DataLoader worker (pid": "A process that reads images was killed, mostly for lack of memory: give "
     "fewer --workers, or start the container with --shm-size=4g.",
+    "can't allocate memory": "The machine has too little memory: give a smaller --batch-size.",
     "out of memory": "The GPU has too little memory: give a smaller --batch-size with a larger "
     "--accumulate, or --checkpointing.",
 }
@@ -700,7 +709,8 @@ def run_main(job, *args, after_ctrl_c="files that were finished are kept"):
     """Run job(*args); HiVGError, Ctrl-C and lack of memory end the program with one sentence and
     exit status 1. Characters that the terminal does not have are printed as "?"."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
     try:
         job(*args)
     except HiVGError as error:
@@ -719,7 +729,7 @@ def download_to_cache(url, sha256):
 
     Raises HiVGError without network, or if the file's sha256 is not the right one.
     """
-    folder = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("CLIP_CACHE") or "~/.cache/clip"))
     path = folder / url.rsplit("/", 1)[1]
     if not path.is_file():
         download(url, path, sha256)
@@ -754,10 +764,13 @@ def download(url, path, sha256=None):
         finally:
             if part.exists() and not complete:
                 os.utime(part, (0, 0))  # the next call need not wait until it looks abandoned
-    if sha256 and file_sha256(part) != sha256:
-        part.unlink()
-        raise HiVGError(f"{url} gave a file with a wrong sha256, which was deleted: run it again.")
-    part.replace(path)
+        if sha256:
+            os.utime(part)
+            if file_sha256(part) != sha256:
+                part.unlink()
+                what = f"{url} gave a file with a wrong sha256, which was deleted"
+                raise HiVGError(f"{what}: run it again.")
+        part.replace(path)
 
 
 ABANDONED = 60  # seconds without a new byte; a download that is under way gives up after 30

@@ -47,6 +47,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import ExifTags, ImageDraw, PngImagePlugin
@@ -572,11 +573,13 @@ def read_own(paths):
         if text.startswith("["):
             yield split, json.loads(text)
         else:
-            yield split, [line for line in text.split("\n") if line.strip()]
+            yield split, text.split("\n")
 
 
 def own_entry(record):
     if isinstance(record, str):
+        if not record.strip():
+            return None
         record = json.loads(record)
     path = record["image"]
     if os.path.isabs(path) or ".." in path.split("/"):
@@ -685,7 +688,10 @@ def read_split(records, to_entry, path, info, data_root, listing):
     try:
         for number, record in enumerate(records, start=1):
             entry = to_entry(record)
-            texts = [str.strip(text) for text in entry.texts]  # bytes are an error
+            if entry is None:  # a blank line
+                continue
+            # bytes are an error; other white space may be half of a letter, which ftfy mends
+            texts = [str.strip(text, " \t\r\n") for text in entry.texts]
             expressions += len(texts)
             x1, y1, x2, y2 = map(float, entry.box)  # fractions are kept (D12)
             width, height = entry.size or (math.inf, math.inf)
@@ -701,7 +707,8 @@ def read_split(records, to_entry, path, info, data_root, listing):
                 missing.add(image)
             for text in texts:
                 # of most texts it is plain, without cleaning them
-                plain = text.isascii() and "&" not in text and any(map(str.isalnum, text))
+                plain = text.isascii() and text.isprintable() and not set("&<") & set(text)
+                plain = plain and any(map(str.isalnum, text))
                 if plain or not is_empty(text):
                     samples.append(Sample(image, text, box, entry.size, upright=own))
                 else:
@@ -715,17 +722,17 @@ def read_split(records, to_entry, path, info, data_root, listing):
 
 
 def check_convention(path, boxes):
-    """Raise HiVGError if most boxes of one's own data cannot be x1, y1, x2, y2 in pixels.
+    """Raise HiVGError if many boxes of one's own data cannot be x1, y1, x2, y2 in pixels.
 
-    boxes: (path of the image or None, box). Of 200 of them, evenly chosen, the images are opened,
+    boxes: (path of the image or None, box). Of 50 of them, evenly chosen, the images are opened,
     to see whether the boxes stick out of them.
     """
-    chosen = boxes[:: math.ceil(len(boxes) / 200)]
+    chosen = boxes[:: math.ceil(len(boxes) / 50)]
     tiny = odd = 0
     for image_path, (x1, y1, x2, y2) in chosen:
         width = height = math.inf
         if image_path is not None:
-            with open_image(image_path) as image, reading(image_path):
+            with suppress(HiVGError), open_image(image_path) as image, reading(image_path):
                 width, height = turn_upright(image).size
         tiny += max(x1, y1, x2, y2) <= 1
         # a little outside is a matter of rounding
@@ -736,10 +743,10 @@ def check_convention(path, boxes):
             f"{what}: {tiny} of {len(chosen)} lie below one pixel. Are they shares of the image? "
             "Multiply them by its width and height."
         )
-    if odd > len(chosen) / 2:
+    if odd > max(2, len(chosen) / 4):
         raise HiVGError(
             f"{what}: {odd} of {len(chosen)} have no area or stick out of their images. Are they x, "
-            "y, width, height, or counted in thousandths of the image? Convert them."
+            "y, width, height, or centre, width, height, or thousandths of the image? Convert them."
         )
 
 
@@ -847,7 +854,8 @@ TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # text in a PNG may be long
+SHORT, LONG = 3, 4  # types of EXIF values
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of text in a PNG
 warnings.filterwarnings("ignore", module="PIL")  # on oddities of files that it can read
 IMAGE_ERRORS = (*READING_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
 
@@ -871,14 +879,20 @@ def reading(path):
 def open_image(path):
     """A PIL image, which is not decoded yet."""
     with reading(path):
-        return Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=FORMATS)
+        image.info["16 bits"] = ";16" in str(image.tile)  # of RGB, PIL keeps the upper 8
+        return image
 
 
 def turn_upright(image):
     """A PIL image as its EXIF orientation says; itself if there is nothing to turn."""
     if image.format != "JPEG":
         image.load()  # EXIF may come after the pixels
-    orientation = exif_orientation(image.info.get("exif", b""))
+    exif = image.info.get("exif", b"")
+    if "Raw profile type exif" in image.info:  # ImageMagick's: a name, a length, hexadecimal digits
+        with suppress(ValueError):
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split()[2:]))
+    orientation = exif_orientation(exif)
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
@@ -887,25 +901,30 @@ def exif_orientation(exif):
     is wrong with them (PIL gives up at some), every viewer shows the image upright."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
     try:
         (start,) = struct.unpack_from(f"{order}L", exif, 4)
         (count,) = struct.unpack_from(f"{order}H", exif, start)
         for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, _, _, value = struct.unpack_from(f"{order}HHLH", exif, place)
-            if tag == ExifTags.Base.Orientation:
-                return value
-    except struct.error:  # it is no EXIF, or ends early
+            tag, kind = struct.unpack_from(f"{order}HH", exif, place)
+            if tag == ExifTags.Base.Orientation and kind in (SHORT, LONG):
+                return struct.unpack_from(order + (kind == SHORT and "H" or "L"), exif, place + 8)[
+                    0
+                ]
+    except struct.error:  # it ends early
         return None
 
 
 def to_rgb(image):
     """A PIL image of any mode as RGB: alpha is laid over white, numbers of 16 or 32 bits and floats
-    are scaled to 8 bits by the smallest usual range that holds them, or by the largest of them if
-    that is far below."""
+    are scaled to 8 bits by the smallest usual range that holds 99.9 % of them, or by the largest of
+    these if that is far below."""
     if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
         values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+        values = np.where(abs(values) < 1e30, values, 0)  # such numbers stand for "no data"
         values = values - min(0, values.min())
-        top = values.max() or 1
+        top = np.quantile(values, 0.999) or values.max() or 1
         white = next((white for white in (1, 255, 4095, 65535) if top <= white), top)
         if top < white / 4:
             white = top
@@ -914,7 +933,12 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")
+    is_deep = image.info.get("16 bits")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    top = max(high for _, high in image.getextrema())
+    if is_deep and 0 < top < 64:  # 12 bits in 16
+        image = image.point(lambda value: 255 * value / top)
+    return image
 
 
 def decode_region(path, image, geometry):
@@ -1208,10 +1232,8 @@ def generate_shapes(folder):
     """Write the shapes data set into a folder that does not exist yet, in RefCOCO's layout:
     instances.json, refs(unc).p and images/; besides captions.json, {file name: captions} of the
     train scenes, and bpe_vocab.txt.gz, a vocabulary in the format of CLIP's.
-
     """
-    unfinished = Path(folder)
-    (unfinished / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     images, annotations, refs, captions, words = [], [], [], {}, set()
     split_of = {}  # a coarse look of a scene -> its split
     jobs = [(s, number) for s, wanted in SHAPES_SPLITS.items() for number in range(wanted.scenes)]
@@ -1227,7 +1249,7 @@ def generate_shapes(folder):
             image_id = len(images) + 1
             name = f"shapes_{image_id:06d}.jpg"
             images.append({"id": image_id, "file_name": name, "width": SIDE, "height": SIDE})
-            (unfinished / "images" / name).write_bytes(jpeg)
+            (folder / "images" / name).write_bytes(jpeg)
             if scene_captions:
                 captions[name] = scene_captions
             words.update(" ".join([*texts, *scene_captions]).replace(",", "").split())
@@ -1235,10 +1257,10 @@ def generate_shapes(folder):
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, start=1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
     merges = "\n".join(["# version: shapes", *train_bpe(sorted(words))])
-    (unfinished / "instances.json").write_text(json.dumps(instances))
-    (unfinished / "captions.json").write_text(json.dumps(captions))
-    (unfinished / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-    (unfinished / "bpe_vocab.txt.gz").write_bytes(gzip.compress(merges.encode(), mtime=0))
+    (folder / "instances.json").write_text(json.dumps(instances))
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+    (folder / "bpe_vocab.txt.gz").write_bytes(gzip.compress(merges.encode(), mtime=0))
 
 
 def add_annotations(shapes, texts, image, split, annotations, refs):
@@ -1300,8 +1322,11 @@ def make_shapes(data_root):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
                 generate_shapes(Path(unfinished, "shapes"))
-                if not folder.exists():  # another process may have been faster
+                try:
                     Path(unfinished, "shapes").replace(folder)
+                except OSError:
+                    if not folder.exists():  # else another process was faster
+                        raise
     return folder
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import is_tensor
 from tqdm import tqdm
 
 import clip_model
@@ -29,6 +30,7 @@ from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, read_checkpoint
 import argparse
 import functools
 import io
+import itertools
 import os
 import socket
 import sys
@@ -226,14 +228,14 @@ def evaluate_splits(
     return evaluated
 
 
-def box_lines(dataset, predicted, true):
-    """A JSON line for each expression of a split: image, text, the true and the found box, x1, y1,
-    x2, y2 in the image's pixels, and their IoU."""
+def box_lines(name, dataset, predicted, true):
+    """A JSON line for each expression of a split of a data set: image, text, the true and the found
+    box, x1, y1, x2, y2 in the image's pixels, and their IoU."""
     lines = []
     iou = clipped_iou(predicted, true)
     for sample, found, box, value in zip(dataset.samples, predicted, true, iou.tolist()):
         geometry = data.letterbox((0, 0, *data.image_size(sample)), dataset.image_size)
-        line = {"split": dataset.split, "image": sample.image, "text": sample.text}
+        line = {"dataset": name, "split": dataset.split, "image": sample.image, "text": sample.text}
         for name, b in (("true", box), ("found", found)):
             line[name] = [round(v, 2) for v in data.box_to_pixels(b, geometry).tolist()]
         lines.append(json.dumps(line | {"iou": round(value, 4)}) + "\n")
@@ -303,26 +305,28 @@ def draw_found(image, boxes, texts, side=480):
     scale = math.ceil(side / max(image.size))
     drawing = image.resize((scale * image.width, scale * image.height), Image.BICUBIC)
     font = ImageFont.load_default(max(14, max(drawing.size) // 50))
-    labels = []  # where they lie: x1, y1, x2, y2
-    for number, (box, text) in enumerate(zip(boxes, texts)):
-        colour = COLOURS[number % len(COLOURS)]
-        box = [scale * value for value in box]
+    boxes = [[scale * value for value in box] for box in boxes]
+    colours = list(itertools.islice(itertools.cycle(COLOURS), len(boxes)))
+    for box, colour in zip(boxes, colours):
         draw_box(drawing, box, colour)
+    labels = []  # where they lie: x1, y1, x2, y2
+    for box, colour, text in zip(boxes, colours, texts):
         label = " ".join(text.split())
         if len(label) > 60:
             label = label[:57] + "..."
         draw = ImageDraw.Draw(drawing)
         _, _, width, height = draw.textbbox((3, 1), label, font)
-        # above the box, or at its top if there is no room
+        # above the box; or else below that, or anywhere above, where no label lies yet
         x = max(0, min(box[0], drawing.width - width - 3))
-        y = box[1] - height - 3 if box[1] > height + 3 else box[1]
-        place = x, y, x + width + 3, y + height + 3
-        while any(data.overlap(place, other) for other in labels):
-            y += height + 4
-            place = x, y, x + width + 3, y + height + 3
-        labels.append(place)
-        draw.rectangle(place, fill=colour)
-        draw.text((x + 3, y + 1), label, "white", font)
+        first, last, step = box[1] - height - 3, drawing.height - height - 3, height + 4
+        tops = [y for y in np.arange(first, last, step) if y >= 0] + list(
+            np.arange(first, 0, -step)
+        )
+        places = [(x, y, x + width + 3, y + height + 3) for y in tops]
+        free = [p for p in places if not any(data.overlap(p, other) for other in labels)]
+        labels += [*free, *places, (0, 0, width + 3, height + 3)][:1]
+        draw.rectangle(labels[-1], fill=colour)
+        draw.text((labels[-1][0] + 3, labels[-1][1] + 1), label, "white", font)
     return drawing
 
 
@@ -387,6 +391,8 @@ def attention_overlay(image, weights, side):
 def ground_and_draw(model, image_path, texts, attention, output):
     """Find texts in an image file, print their boxes and draw them, all into one image; attention:
     a row of panels for each text, with the maps."""
+    output = output or Path(image_path).stem + ("_attention.png" if attention else "_found.png")
+    check_no_input(output, image_path)
     image = data.load_image(image_path)
     boxes = ground_texts(model, image, texts).tolist()
     for text, box in zip(texts, boxes):
@@ -403,8 +409,7 @@ def ground_and_draw(model, image_path, texts, attention, output):
         drawing = image_grid(panels, columns=len(panels) // len(texts))
     else:
         drawing = draw_found(image, boxes, texts)
-    ending = "_attention.png" if attention else "_found.png"
-    save_image(drawing, output or Path(image_path).stem + ending)
+    save_image(drawing, output)
 
 
 def plot_curve(logs):
@@ -532,9 +537,10 @@ class PeakMemory(TorchDispatchMode):
         self.alive, self.bytes, self.peak = set(), 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if is_tensor(t)}
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
+            if is_tensor(value) and id(value.untyped_storage()) not in given:
                 self.count(value.untyped_storage())
         return result
 
@@ -574,7 +580,10 @@ def synthetic_batch(model, count):
 # ----------------------------------------------------------------------------- device and processes
 
 
-PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun, mpirun
+PROCESS_COUNTS = (  # variables of srun, of several mpiruns, and of torch
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+    "WORLD_SIZE",
+)
 
 
 def setup_device(name=None):
@@ -586,16 +595,18 @@ def setup_device(name=None):
     if name is None:
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     distributed = "LOCAL_RANK" in os.environ
-    others = max(int(os.environ.get(variable, 1)) for variable in PROCESS_COUNTS)
-    if others > 1 and not distributed:
-        what = f"{others} processes were started that do not know of one another"
+    counts = [os.environ.get(variable, "") for variable in PROCESS_COUNTS]
+    count = max([int(value) for value in counts if value.isdigit()], default=1)
+    if count > 1 and not distributed:
+        what = f"{count} processes were started that do not know of one another"
         raise HiVGError(f"{what}: start one torchrun on each machine, and let it start them.")
     if distributed and name.startswith("cuda"):
         if name != "cuda":
             raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     errors = (RuntimeError, AssertionError)  # the latter if torch was built without CUDA
-    with user_error(f"There is no device {name} here", "leave --device out", errors):
+    hint = "start fewer processes" if distributed else "leave --device out"
+    with user_error(f"There is no device {name} here", hint, errors):
         device = torch.empty(0, device=name).device
     # Products of float32 matrices on a GPU use TF32, 10 bits of mantissa: L_CLC's logits, up to
     # 100, come out up to 0.05 off.
@@ -609,8 +620,13 @@ def setup_device(name=None):
         with user_error(what, hint, (RuntimeError, ValueError, OSError)):
             if "MASTER_ADDR" in os.environ:  # torch would try for hours
                 socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-            # the first process may prepare data for a while, and the others wait for it
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+            # later the first process may prepare data for a while, and the others wait for it
+            timeout = timedelta(hours=2)
+            dist.init_process_group(
+                backend, timeout=timeout, store=store, rank=rank, world_size=size
+            )
+            store.set_timeout(timeout)
         if process_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
@@ -643,16 +659,15 @@ def write_text(path, text):
 
 def check_writable(folder):
     """Make a folder if need be. Raises HiVGError if nothing can be written to it."""
-    with user_error(f"{folder} cannot be written to", "name another --output", (OSError,)):
+    with user_error(f"{folder} cannot be written to", "name another place", (OSError,)):
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
 
-def check_no_input(output, inputs):
-    """Raise HiVGError if `output` is a file that is read."""
-    for path in inputs:
-        if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
-            raise HiVGError(f"{output} would overwrite {path}: name another file.")
+def check_no_input(output, path):
+    """Raise HiVGError if `output` is the file `path`, which is read."""
+    if Path(output).exists() and Path(path).exists() and Path(output).samefile(path):
+        raise HiVGError(f"{output} would overwrite {path}: name another --output.")
 
 
 def number_from(low, kind=int):
@@ -672,14 +687,12 @@ def run(args):
         save_image(plot_curve(args.curve), args.output or "curve.png")
         return
     device = setup_device(args.device)
-    inputs = [args.checkpoint, args.image] if args.image else [args.checkpoint]
     for dataset in args.dataset or ():  # before anything is read
-        inputs += data.check_files(dataset, args.data_root)[1].values()
-    for written in (args.output, args.save_boxes):
-        if written:
-            check_no_input(written, inputs)
+        data.check_files(dataset, args.data_root)
     if args.save_boxes:
         check_writable(Path(args.save_boxes).parent)
+        if Path(args.save_boxes).exists():
+            raise HiVGError(f"{args.save_boxes} is there already: name another file.")
     name = str(args.checkpoint)
     if args.benchmark and name in CLIP_CONFIGS:
         model = random_model(name)
@@ -692,22 +705,50 @@ def run(args):
     model.merge().eval()
     if args.dataset is not None:
         output = Path(args.output or args.checkpoint.parent)
-        lines = []
+        lines, annotations = [], {}
         for dataset in args.dataset:
+            annotations[dataset] = data.read_annotations(dataset, args.data_root, args.split)
+            for split in args.split or ():
+                if split not in annotations[dataset]:
+                    there = annotations[dataset]
+                    raise data.no_expressions_error(dataset, split, args.data_root, there)
+        for dataset in annotations:
             workers = args.workers
             if workers is None:
                 workers = data.default_workers([dataset])
             evaluated = evaluate_splits(
-                model, name, dataset, args.split, args.data_root, output, workers, args.bf16
+                model,
+                name,
+                dataset,
+                args.split,
+                args.data_root,
+                output,
+                workers,
+                args.bf16,
+                annotations,
             )
             if args.save_boxes and process_rank() == 0:
                 for split_dataset, predicted, true in evaluated:
-                    lines += box_lines(split_dataset, predicted, true)
+                    lines += box_lines(dataset, split_dataset, predicted, true)
         if args.save_boxes and process_rank() == 0:
             write_text(args.save_boxes, "".join(lines))
             print(f"boxes written to {args.save_boxes}")
     elif process_rank() == 0:
         ground_and_draw(model, args.image, args.text, args.attention, args.output)
+
+
+FLAG_MODES = {  # where a flag has a meaning
+    "text": ["image"],
+    "attention": ["image"],
+    "split": ["dataset"],
+    "save_boxes": ["dataset"],
+    "data_root": ["dataset"],
+    "workers": ["dataset"],
+    "batch_size": ["benchmark"],
+    "bf16": ["dataset", "benchmark"],
+    "output": ["image", "dataset", "curve"],
+    "device": ["image", "dataset", "benchmark"],
+}
 
 
 def main():
@@ -725,22 +766,30 @@ def main():
     )
     one_of("--image", type=expanded, help="find something in this image")
     add("--text", nargs="+", help="what to find there, one or several expressions in quotes")
-    add("--attention", action="store_true", help="draw where the model looked, a row for each text")
+    add(
+        "--attention",
+        action="store_const",
+        const=True,
+        help="draw where the model looked, a row for each text",
+    )
     known = ", ".join(data.DATASETS)
     one_of("--dataset", nargs="+", help=f"or evaluate these data sets, of {known}")
     add("--split", nargs="+", help="these splits of them (default: all but train)")
     add("--save-boxes", type=expanded, metavar="FILE", help="write a JSON line for each expression")
-    add(
-        "--data-root", type=expanded, default="data", help="folder of the data sets (default: data)"
-    )
+    add("--data-root", type=expanded, help="folder of the data sets (default: data)")
     add(
         "--workers",
         type=number_from(0),
         help="processes that read images (default: one a CPU, 8 at most)",
     )
     one_of("--benchmark", action="store_true", help="or measure speed, size and cost")
-    add("--batch-size", type=number_from(1), default=32, help="of --benchmark (default: 32)")
-    add("--bf16", action="store_true", help="of --dataset and --benchmark: bf16 autocast")
+    add("--batch-size", type=number_from(1), help="of --benchmark (default: 32)")
+    add(
+        "--bf16",
+        action="store_const",
+        const=True,
+        help="of --dataset and --benchmark: bf16 autocast",
+    )
     one_of(
         "--curve",
         nargs="+",
@@ -752,13 +801,16 @@ def main():
     add("--device", help="cuda, mps or cpu (default: the best there is)")
     args = parser.parse_intermixed_args()
     if bool(args.checkpoint) == bool(args.curve):
-        parser.error("give a CHECKPOINT, but none for --curve")
-    if (args.image is None) != (args.text is None):
-        parser.error("--image and --text belong together")
-    if args.attention and args.image is None:
-        parser.error("--attention is for --image")
-    if (args.split or args.save_boxes) and args.dataset is None:
-        parser.error("--split and --save-boxes are for --dataset")
+        parser.error("give a CHECKPOINT (before --dataset or --text), but none for --curve")
+    if args.image and not args.text:
+        parser.error("--image needs --text")
+    for flag, modes in FLAG_MODES.items():
+        if getattr(args, flag) is not None and not any(getattr(args, mode) for mode in modes):
+            names = " and ".join(f"--{mode}" for mode in modes)
+            parser.error(f"--{flag.replace('_', '-')} is for {names}")
+    args.data_root = args.data_root or "data"
+    args.batch_size = args.batch_size or 32
+    args.bf16 = bool(args.bf16)
     clip_model.run_main(run, args)
 
 

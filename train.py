@@ -209,8 +209,8 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
     dtype = autocast_dtype(device)
     first_stage = min(stage_epochs(settings))
     if device.type == "cpu":
-        # Of CPUs, too: their fused attention takes twice as long as plain products for few tokens
-        # and small heads, as the grounding encoder has them on shapes.
+        # In spite of its name this is for CPUs as well. With few tokens and small heads, as on
+        # shapes, their fused attention takes twice as long as plain products.
         torch.backends.cuda.enable_flash_sdp(False)
     for stage, epochs in stage_epochs(settings).items():
         if log and log[-1]["stage"] > stage:
@@ -375,7 +375,10 @@ def build_model(given, device):
     if process_rank() > 0:
         barrier()  # the first process generates, trains and downloads what is missing
     if "shapes" in given["dataset"]:
-        print("ahead: drawing scenes, training a small CLIP on them, then the model", flush=True)
+        print(
+            "ahead: scenes and a small CLIP, where they are not there yet, then the model",
+            flush=True,
+        )
         data.make_shapes(data_root)
     if given["dataset"] == ["shapes"] and not {"clip", "init"} & set(given):
         clip_path = Path(data_root, "shapes", f"clip_{seed}.pt")
@@ -493,6 +496,7 @@ def resume_settings(given, stored, last):
 
     Raises HiVGError if another flag differs from the stored run.
     """
+    stored = DEFAULTS | stored  # which may be older than a setting
     for name, value in given.items():
         if name in FREE_FLAGS or name == "accumulate":
             continue
@@ -668,6 +672,9 @@ def check_request(given, last):
     if "init" in given:
         if "clip" in given:
             raise HiVGError(f"{given['init']} has a CLIP of its own: leave --clip out.")
+        if not Path(given["init"]).is_file():
+            raise HiVGError(f"There is no {given['init']} to start from: name a checkpoint.")
+        evaluate.check_no_input(last.with_name("best.pt"), given["init"])
         return
     clip_path = given.get("clip", DEFAULTS["clip"])
     if clip_path not in clip_model.CLIP_FILES and not Path(clip_path).is_file():
@@ -730,23 +737,23 @@ def print_summary(settings, model, train_set, annotations, device):
 
 
 def step_bytes(model, batch_size, dtype):
-    """Bytes that a training step of the model takes on its device, counted on batches of 2 and 4
-    and scaled up: weights, AdamW's moments, and at their peak the gradients and all that the
-    forward pass keeps for the backward pass."""
-    model = copy.deepcopy(model).train()
+    """(bytes of any step, bytes for each sample of its batch) that training takes on the model's
+    device, counted on two batches, the larger of 16 at most: weights, AdamW's moments, and at their
+    peak the gradients and all that the forward pass keeps for the backward pass."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=0, fused=True)  # changes nothing
     scaler = torch.amp.GradScaler(enabled=False)
+    few = min(8, max(1, batch_size // 2))
     peaks = []
-    for size in (2, 2, 4):  # the first step makes the moments
+    for size in (few, few, 2 * few):  # the first step makes the moments
         batch = evaluate.synthetic_batch(model, size)
         with evaluate.PeakMemory() as memory:
-            train_step(model, [batch], [0], optimizer, scaler, LOSS_WEIGHTS, dtype)
+            train_step(model.train(), [batch], [0], optimizer, scaler, LOSS_WEIGHTS, dtype)
         peaks.append(memory.peak)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     moments = 2 * sum(p.nbytes for p in trained)
-    of_a_sample = (peaks[2] - peaks[1]) / 2
-    return weights + moments + peaks[1] + (batch_size - 2) * of_a_sample
+    of_a_sample = (peaks[2] - peaks[1]) / few
+    return weights + moments + peaks[1] - few * of_a_sample, of_a_sample
 
 
 def print_memory(settings, model, device):
@@ -757,16 +764,18 @@ def print_memory(settings, model, device):
     for stage in stage_epochs(settings):
         model.enter_stage(stage)
         batch_size = stage_value(settings.batch_size, stage)
-        needs.append((step_bytes(model, batch_size, autocast_dtype(device)), stage, batch_size))
+        fixed, of_a_sample = step_bytes(model, batch_size, autocast_dtype(device))
+        needs.append((fixed + batch_size * of_a_sample, stage, batch_size))
+    del model
+    torch.cuda.empty_cache()
     need, stage, batch_size = max(needs)
     _, total = torch.cuda.mem_get_info(device)
-    line = (
-        f"a step of stage {stage}, of {batch_size} expressions, takes about {need / 2**30:.1f} GiB"
-    )
-    line += f"; this GPU has {total / 2**30:.1f} GiB"
+    what = f"a step of stage {stage}, of {batch_size} expressions, takes about"
+    print(f"{what} {need / 2**30:.1f} GiB (counted); this GPU has {total / 2**30:.1f} GiB")
     if need > 0.9 * total:
-        line += ": --checkpointing takes far less, or a smaller --batch-size with more --accumulate"
-    print(line, flush=True)
+        print(
+            "that hardly fits: try --checkpointing, or a smaller --batch-size and more --accumulate"
+        )
 
 
 def loss_weight(text):

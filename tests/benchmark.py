@@ -143,10 +143,10 @@ def print_memory(name):
         for dtype in (torch.float32, torch.bfloat16):
             model = evaluate.random_model(name)
             model.checkpointing = checkpointing
-            fixed, with_one = (train.step_bytes(model, size, dtype) for size in (0, 1))
+            fixed, sample = train.step_bytes(model, 16, dtype)
             option = "--checkpointing" if checkpointing else ""
-            sample = (with_one - fixed) / 2**20
-            print(f"{option:16} {dtype!s:14} {fixed / 2**30:10.2f} {sample:13.1f}", flush=True)
+            sizes = f"{fixed / 2**30:10.2f} {sample / 2**20:13.1f}"
+            print(f"{option:16} {dtype!s:14} {sizes}", flush=True)
 
 
 def print_medians(jobs, rounds):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from test_train import command
 import clip_model
 import data
 import evaluate
+import train
 from clip_model import HiVGError, load_clip
 from data import load_image
 from hivg import save_checkpoint
@@ -110,6 +112,28 @@ def test_no_image_comes_out_black(tmp_path, dtype, top):
     assert (np.diff(grey[:, 0, 0]) >= 0).all() and (grey[..., 0] == grey[..., 2]).all()
 
 
+def test_deep_colours_and_single_hot_pixels(tmp_path):
+    """12 bits in a 16-bit RGB PNG; one pixel far above all others; "no data" far below."""
+    ramp = np.linspace(0, 4095, 64).repeat(64).reshape(64, 64)
+    rows = np.repeat(ramp.astype(">u2")[..., None], 3, axis=2)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + crc
+
+    size = (64).to_bytes(4, "big") * 2
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x10\x02\0\0\0")
+    (tmp_path / "a.png").write_bytes(png + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b""))
+    for name, odd, kind in (("b.tiff", 65535, "i4"), ("c.tiff", -3.4e38, "f4")):
+        picture = ramp.astype(kind)
+        picture[0, 0] = odd
+        Image.fromarray(picture).save(tmp_path / name)
+    for name in ("a.png", "b.tiff", "c.tiff"):
+        grey = np.asarray(load_image(tmp_path / name)).astype(int)
+        assert grey[-1, 5:].min() > 200 and grey[0, 5:].max() < 20, name
+
+
 # -------------------------------------------------------------------------------- programs and texts
 
 
@@ -148,6 +172,14 @@ def test_texts_reach_the_tokenizer_as_they_are_written(tmp_path, tokenizer):
     assert tokenizer.decode(tokens[1 : tokens.argmax()]).strip() == "the red café"
 
 
+@pytest.mark.parametrize("text", ["déjà", "voilà", "Å"])
+def test_half_a_letter_is_no_white_space(tmp_path, tokenizer, text):
+    """The second byte of à, read as latin-1, is a blank; it is not stripped."""
+    make_refer(tmp_path, [{"texts": [text.encode().decode("latin-1")]}])
+    tokens = open_split(tmp_path, tokenizer=tokenizer)[0]["tokens"]
+    assert tokenizer.decode(tokens[1 : tokens.argmax()]).strip() == text.lower()
+
+
 def test_words_of_place_in_capitals_prevent_a_crop():
     rng = data.random.Random(0)
     for text in ("LEFT man", "the one on the Right"):
@@ -156,7 +188,8 @@ def test_words_of_place_in_capitals_prevent_a_crop():
             assert geometry.region == (0, 0, 640, 480)
 
 
-NOTHING = ("&nbsp;", "\ufeff", "\u200b", "&#8203; \t", "&amp;nbsp;", "\u00ad")
+NOTHING = ("&nbsp;", "\ufeff", "\u200b", "&#8203; \t", "&amp;nbsp;", "\u00ad", "\u2800", "\ufe0f")
+NOTHING += ("<|endoftext|>",)
 
 
 @pytest.mark.parametrize("text", NOTHING)
@@ -245,6 +278,7 @@ MEMORY = {
     "DataLoader worker (pid 9) is killed by signal: Bus error. It is possible that dataloader's "
     "workers are out of shared memory.": "--workers 0",
     "DataLoader worker (pid(s) 9) exited unexpectedly": "--workers",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes": "--batch-size",
     "CUDA out of memory. Tried to allocate 2.00 GiB.": "--checkpointing",
 }
 
@@ -261,7 +295,7 @@ def test_too_little_memory_is_one_sentence(message, advice):
 
 def test_a_fault_of_the_program_keeps_its_traceback():
     def job():
-        raise RuntimeError("shapes of matrices do not fit")
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: shapes do not fit")
 
     with pytest.raises(RuntimeError):
         clip_model.run_main(job)
@@ -270,6 +304,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29411"}
 STARTS = {
     "srun": ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "cpu", "4 processes"),
+    "a cluster's pods": ({"WORLD_SIZE": "4", "RANK": "1"}, "cpu", "4 processes"),
     "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, "cpu", "start one torchrun"),
     "no such host": (TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"}, "cpu", "MASTER_ADDR"),
     "a GPU by number": (TORCHRUN, "cuda:0", "no --device cuda:0"),
@@ -279,6 +314,7 @@ STARTS = {
 @pytest.mark.parametrize("start", STARTS)
 def test_processes_that_do_not_find_one_another(monkeypatch, start):
     variables, device, says = STARTS[start]
+    monkeypatch.setenv("PMI_SIZE", "")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert says in error_of(evaluate.setup_device, device)
@@ -314,7 +350,7 @@ def test_a_clip_of_another_family_is_refused(tmp_path, tower, more):
 
 
 def test_a_users_own_files_are_not_overwritten(monkeypatch, checkpoint, tmp_path):
-    """--output as --image, also by another name; --save-boxes as annotations or checkpoint."""
+    """--output as --image, also by another name; --save-boxes as any file; best.pt as --init."""
     monkeypatch.chdir(tmp_path)
     plain_picture().save("a.png")
     Path("link.png").symlink_to("a.png")
@@ -323,9 +359,11 @@ def test_a_users_own_files_are_not_overwritten(monkeypatch, checkpoint, tmp_path
     for output in ("a.png", "link.png", tmp_path / "a.png"):
         line = [checkpoint, "--image", "a.png", "--text", "red", "--output", output]
         assert "would overwrite" in command(monkeypatch, evaluate, *line)
-    for written in ("train.jsonl", "best.pt"):
+    for written in ("train.jsonl", "best.pt", "0.jpg", "."):
         line = [checkpoint, "--dataset", "own", "--data-root", ".", "--split", "train"]
-        assert "would overwrite" in command(monkeypatch, evaluate, *line, "--save-boxes", written)
+        assert "is there already" in command(monkeypatch, evaluate, *line, "--save-boxes", written)
+    line = ["--dataset", "own", "--data-root", ".", "--init", "best.pt", "--output", "."]
+    assert "would overwrite" in command(monkeypatch, train, *line)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 

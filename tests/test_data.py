@@ -513,7 +513,7 @@ def test_what_was_left_out_or_changed_is_reported(tmp_path):
     assert set(train.report) == lines | {"1 boxes clipped to their image"}
     assert not open_split(tmp_path, "val").report
     boxes = [-5, 10, 30, 60], [99, 99, 120, 120], [10, 10, 10, 30], [float("nan"), 0, 9, 9]
-    boxes += ([10, 10, 30, 30],) * 3  # most are as they should be
+    boxes += ([10, 10, 30, 30],) * 12  # most are as they should be
     lines = [{"image": f"{TRAIN2014}/{FILES['coco']}", "text": "it", "box": box} for box in boxes]
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, lines)))
     own = open_split(tmp_path, "val", "own", 60)

@@ -398,6 +398,10 @@ def test_the_minutes_that_remain(monkeypatch):
 def test_memory_of_a_step(tokenizer):
     """What is counted on batches of 2 and 4 is what a larger batch takes; the peak of tensors that
     come and go is counted by hand."""
+    layer, x = torch.nn.Linear(1000, 1000), torch.zeros(1, 1000)
+    with evaluate.PeakMemory() as memory:
+        layer(x)  # its weights were there before
+    assert memory.peak == 4000
     with evaluate.PeakMemory() as memory:
         a = torch.zeros(1000)
         b = a + 1  # 8000 bytes
@@ -407,7 +411,8 @@ def test_memory_of_a_step(tokenizer):
     assert (memory.peak, memory.bytes) == (8000, 0)
 
     model = tiny_model(tokenizer, 3)
-    few, many = (train.step_bytes(model, size, None) for size in (2, 16))
+    fixed, of_a_sample = train.step_bytes(model, 4, None)  # counted on 2 and 4
+    many = fixed + 16 * of_a_sample
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)
@@ -418,9 +423,9 @@ def test_memory_of_a_step(tokenizer):
             train.train_step(model, [batch], [0], optimizer, scaler, train.LOSS_WEIGHTS)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     total = memory.peak + weights + 2 * sum(p.nbytes for p in trained)
-    assert many == pytest.approx(total, rel=0.05) and few < many / 2
+    assert many == pytest.approx(total, rel=0.05)
     model.checkpointing = True
-    assert train.step_bytes(model, 16, None) < 0.8 * many
+    assert train.step_bytes(model, 16, None)[1] < of_a_sample / 2
 
 
 @pytest.mark.parametrize("stage", [0, 2])
