@@ -233,12 +233,13 @@ def box_lines(name, dataset, predicted, true):
     box, x1, y1, x2, y2 in the image's pixels, and their IoU."""
     lines = []
     iou = clipped_iou(predicted, true)
-    for sample, found, box, value in zip(dataset.samples, predicted, true, iou.tolist()):
+    for sample, found, box, sample_iou in zip(dataset.samples, predicted, true, iou.tolist()):
         geometry = data.letterbox((0, 0, *data.image_size(sample)), dataset.image_size)
         line = {"dataset": name, "split": dataset.split, "image": sample.image, "text": sample.text}
-        for name, b in (("true", box), ("found", found)):
-            line[name] = [round(v, 2) for v in data.box_to_pixels(b, geometry).tolist()]
-        lines.append(json.dumps(line | {"iou": round(value, 4)}) + "\n")
+        for key, square_box in (("true", box), ("found", found)):
+            corners = data.box_to_pixels(square_box, geometry).tolist()
+            line[key] = [round(value, 2) for value in corners]
+        lines.append(json.dumps(line | {"iou": round(sample_iou, 4)}) + "\n")
     return lines
 
 
@@ -319,9 +320,8 @@ def draw_found(image, boxes, texts, side=480):
         # above the box; or else below that, or anywhere above, where no label lies yet
         x = max(0, min(box[0], drawing.width - width - 3))
         first, last, step = box[1] - height - 3, drawing.height - height - 3, height + 4
-        tops = [y for y in np.arange(first, last, step) if y >= 0] + list(
-            np.arange(first, 0, -step)
-        )
+        downwards, upwards = np.arange(first, last, step), np.arange(first, 0, -step)
+        tops = [y for y in (*downwards, *upwards) if y >= 0]
         places = [(x, y, x + width + 3, y + height + 3) for y in tops]
         free = [p for p in places if not any(data.overlap(p, other) for other in labels)]
         labels += [*free, *places, (0, 0, width + 3, height + 3)][:1]

@@ -558,7 +558,8 @@ def test_boxes_are_saved_for_others_to_compare(monkeypatch, finished, refer_root
     line += ["--output", tmp_path / "out", "--save-boxes", tmp_path / "out/boxes.jsonl"]
     assert command(monkeypatch, evaluate, *line) is None
     lines = [json.loads(row) for row in (tmp_path / "out/boxes.jsonl").read_text().splitlines()]
-    assert len(lines) == 12 and [row["split"] for row in lines[:6]] == ["val"] * 4 + ["testA"] * 2
+    assert [row["dataset"] for row in lines] == ["refcoco"] * 6 + ["refcoco+"] * 6
+    assert [row["split"] for row in lines[:6]] == ["val"] * 4 + ["testA"] * 2
     assert all(Path(row["image"]).is_file() and row["text"].endswith(" one") for row in lines)
     true, found = (torch.tensor([row[name] for row in lines]) for name in ("true", "found"))
     iou = box_iou(found, true)
