@@ -336,6 +336,8 @@ def clean_text(text):
 
 def is_empty(text):
     """Whether a text says nothing: it has no letter, number, mark of punctuation or symbol."""
+    if re.fullmatch(r"[\w ,.'-]*[a-zA-Z0-9][\w ,.'-]*", text, re.ASCII):
+        return False  # as most texts: there is nothing to clean, which takes long
     text = clean_text(text).replace(START, "").replace(END, "")
     return all(unicodedata.category(c)[0] not in "LNPS" or c in BLANK_LETTERS for c in text)
 

@@ -706,13 +706,10 @@ def read_split(records, to_entry, path, info, data_root, listing):
             if not is_there:
                 missing.add(image)
             for text in texts:
-                # of most texts it is plain, without cleaning them
-                plain = text.isascii() and text.isprintable() and not set("&<") & set(text)
-                plain = plain and any(map(str.isalnum, text))
-                if plain or not is_empty(text):
-                    samples.append(Sample(image, text, box, entry.size, upright=own))
-                else:
+                if is_empty(text):
                     notes[EMPTY_NOTE] += 1
+                else:
+                    samples.append(Sample(image, text, box, entry.size, upright=own))
     except READING_ERRORS as error:
         what = f"{path}, entry {number}, cannot be used ({type(error).__name__}: {error})"
         raise HiVGError(f"{what}: {info.help}.") from error
@@ -854,7 +851,7 @@ TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-SHORT, LONG = 3, 4  # types of EXIF values
+EXIF_INTEGERS = {3: "H", 4: "L"}  # EXIF's types of 16 and 32 bits, as struct names them
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of text in a PNG
 warnings.filterwarnings("ignore", module="PIL")  # on oddities of files that it can read
 IMAGE_ERRORS = (*READING_ERRORS, SyntaxError, struct.error, Image.DecompressionBombError)
@@ -908,10 +905,9 @@ def exif_orientation(exif):
         (count,) = struct.unpack_from(f"{order}H", exif, start)
         for place in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(f"{order}HH", exif, place)
-            if tag == ExifTags.Base.Orientation and kind in (SHORT, LONG):
-                return struct.unpack_from(order + (kind == SHORT and "H" or "L"), exif, place + 8)[
-                    0
-                ]
+            if tag == ExifTags.Base.Orientation and kind in EXIF_INTEGERS:
+                (value,) = struct.unpack_from(f"{order}{EXIF_INTEGERS[kind]}", exif, place + 8)
+                return value
     except struct.error:  # it ends early
         return None
 
@@ -933,11 +929,12 @@ def to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
-    is_deep = image.info.get("16 bits")
+    has_16_bits = image.info.get("16 bits")
     image = image if image.mode == "RGB" else image.convert("RGB")
-    top = max(high for _, high in image.getextrema())
-    if is_deep and 0 < top < 64:  # 12 bits in 16
-        image = image.point(lambda value: 255 * value / top)
+    if has_16_bits:
+        top = max(high for _, high in image.getextrema())
+        if 0 < top < 64:  # values of 12 bits or fewer
+            image = image.point(lambda value: 255 * value / top)
     return image
 
 

@@ -317,17 +317,25 @@ def draw_found(image, boxes, texts, side=480):
             label = label[:57] + "..."
         draw = ImageDraw.Draw(drawing)
         _, _, width, height = draw.textbbox((3, 1), label, font)
-        # above the box; or else below that, or anywhere above, where no label lies yet
-        x = max(0, min(box[0], drawing.width - width - 3))
-        first, last, step = box[1] - height - 3, drawing.height - height - 3, height + 4
-        downwards, upwards = np.arange(first, last, step), np.arange(first, 0, -step)
-        tops = [y for y in (*downwards, *upwards) if y >= 0]
-        places = [(x, y, x + width + 3, y + height + 3) for y in tops]
-        free = [p for p in places if not any(data.overlap(p, other) for other in labels)]
-        labels += [*free, *places, (0, 0, width + 3, height + 3)][:1]
-        draw.rectangle(labels[-1], fill=colour)
-        draw.text((labels[-1][0] + 3, labels[-1][1] + 1), label, "white", font)
+        place = label_place(box, width + 3, height + 3, drawing.size, labels)
+        labels.append(place)
+        draw.rectangle(place, fill=colour)
+        draw.text((place[0] + 3, place[1] + 1), label, "white", font)
     return drawing
+
+
+def label_place(box, width, height, size, labels):
+    """Where the label of a box goes, x1, y1, x2, y2 in an image of this size: above the box, or, if
+    another label lies there, below that or farther above."""
+    x = max(0, min(box[0], size[0] - width))
+    first, step = box[1] - height, height + 1
+    downwards = np.arange(first, size[1] - height, step)
+    upwards = np.arange(first, 0, -step)
+    for y in (*downwards, *upwards):
+        place = (x, y, x + width, y + height)
+        if y >= 0 and not any(data.overlap(place, other) for other in labels):
+            return place
+    return x, 0, x + width, height  # there is no room left
 
 
 def save_image(image, path):
@@ -612,24 +620,30 @@ def setup_device(name=None):
     # 100, come out up to 0.05 off.
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     if distributed:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        what, hint = "The processes cannot reach one another", "look at MASTER_ADDR, MASTER_PORT"
-        hint += ", GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; on one machine use --standalone"
-        with user_error(what, hint, (RuntimeError, ValueError, OSError)):
-            if "MASTER_ADDR" in os.environ:  # torch would try for hours
-                socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
-            store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-            # later the first process may prepare data for a while, and the others wait for it
-            timeout = timedelta(hours=2)
-            dist.init_process_group(
-                backend, timeout=timeout, store=store, rank=rank, world_size=size
-            )
-            store.set_timeout(timeout)
+        join_processes(device)
         if process_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
+
+
+def join_processes(device):
+    """Join the processes that torchrun started. Raises HiVGError if they do not find one another."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    hint = (
+        "look at MASTER_ADDR, MASTER_PORT, GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME; on one "
+        "machine use --standalone"
+    )
+    errors = (RuntimeError, ValueError, OSError)
+    with user_error("The processes cannot reach one another", hint, errors):
+        if "MASTER_ADDR" in os.environ:  # torch would try for hours
+            socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
+        # later the first process may prepare data for a while, and the others wait for it
+        timeout = timedelta(hours=2)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
+        store.set_timeout(timeout)
 
 
 def process_rank():
@@ -704,37 +718,32 @@ def run(args):
         return
     model.merge().eval()
     if args.dataset is not None:
-        output = Path(args.output or args.checkpoint.parent)
-        lines, annotations = [], {}
-        for dataset in args.dataset:
-            annotations[dataset] = data.read_annotations(dataset, args.data_root, args.split)
-            for split in args.split or ():
-                if split not in annotations[dataset]:
-                    there = annotations[dataset]
-                    raise data.no_expressions_error(dataset, split, args.data_root, there)
-        for dataset in annotations:
-            workers = args.workers
-            if workers is None:
-                workers = data.default_workers([dataset])
-            evaluated = evaluate_splits(
-                model,
-                name,
-                dataset,
-                args.split,
-                args.data_root,
-                output,
-                workers,
-                args.bf16,
-                annotations,
-            )
-            if args.save_boxes and process_rank() == 0:
-                for split_dataset, predicted, true in evaluated:
-                    lines += box_lines(dataset, split_dataset, predicted, true)
-        if args.save_boxes and process_rank() == 0:
-            write_text(args.save_boxes, "".join(lines))
-            print(f"boxes written to {args.save_boxes}")
+        evaluate_data_sets(model, args)
     elif process_rank() == 0:
         ground_and_draw(model, args.image, args.text, args.attention, args.output)
+
+
+def evaluate_data_sets(model, args):
+    """Evaluate the splits that were asked for, of one data set after the other. What is missing is
+    told before the first begins."""
+    annotations = {}
+    for name in args.dataset:
+        annotations[name] = data.read_annotations(name, args.data_root, args.split)
+        for split in args.split or ():
+            if split not in annotations[name]:
+                there = annotations[name]
+                raise data.no_expressions_error(name, split, args.data_root, there)
+    output = Path(args.output or args.checkpoint.parent)
+    lines = []
+    for name in annotations:
+        workers = data.default_workers([name]) if args.workers is None else args.workers
+        where = args.split, args.data_root, output, workers, args.bf16, annotations
+        for dataset, predicted, true in evaluate_splits(model, args.checkpoint, name, *where):
+            if args.save_boxes and process_rank() == 0:
+                lines += box_lines(name, dataset, predicted, true)
+    if args.save_boxes and process_rank() == 0:
+        write_text(args.save_boxes, "".join(lines))
+        print(f"boxes written to {args.save_boxes}")
 
 
 FLAG_MODES = {  # where a flag has a meaning

@@ -412,12 +412,11 @@ def build_model(given, device):
     except ValueError as error:  # of lora.add_lora: a target that matches nothing
         raise HiVGError(f"--targets: {error}.") from error
     for name in SIZE_FLAGS:
-        setattr(settings, name, getattr(model.config, name))
-        if "init" in given and given.get(name, getattr(settings, name)) != getattr(settings, name):
-            what = (
-                f"{flag_of(name)} does not fit {given['init']}, which has {getattr(settings, name)}"
-            )
+        value = getattr(model.config, name)
+        if "init" in given and given.get(name, value) != value:
+            what = f"{flag_of(name)} does not fit {given['init']}, which has {value}"
             raise HiVGError(f"{what}: leave it out.")
+        setattr(settings, name, value)
     model.enter_stage(min(stage_epochs(settings)))
     return settings, model.to(device)
 
