@@ -255,6 +255,9 @@ def bytes_to_unicode():
     return symbols
 
 
+WORDS = "closed vocabulary: "  # followed by words, in the header of a merges file
+
+
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
@@ -274,6 +277,8 @@ class Tokenizer:
                 with opener(merges_file, "rt", encoding="utf-8") as file:
                     self.merges_text = file.read()
                 merges = parse_merges(self.merges_text)
+        header = self.merges_text.partition("\n")[0]
+        self.words = set(header.partition(WORDS)[2].split())  # see unseen_words
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())
@@ -305,6 +310,21 @@ class Tokenizer:
                 self.cache[word] = [self.ids[part] for part in self.bpe("".join(symbols))]
             ids += self.cache[word]
         return ids
+
+    def unseen_words(self, text):
+        """The words of a text that did not occur in training, if the vocabulary is a closed one: its
+        header names all words that did. [] with CLIP's vocabulary."""
+        if not self.words:
+            return []
+        words = [word for word in WORD_PATTERN.findall(clean_text(text)) if word.isalnum()]
+        return [word for word in words if word not in self.words]
+
+    def add_words(self, texts):
+        """Add the words of more training texts to the header of a closed vocabulary."""
+        new = {word for text in texts for word in self.unseen_words(text)}
+        header, line_end, merges = self.merges_text.partition("\n")
+        self.words |= new
+        self.merges_text = " ".join([header, *sorted(new)]) + line_end + merges
 
     def decode(self, ids):
         """The text of ids; every word is followed by a blank."""

@@ -360,7 +360,7 @@ def mix_seed(*numbers):
 def default_workers(names):
     """Reading processes for this process: the CPUs that it may use, shared by the processes that
     torchrun started on this machine; 8 at most. None for shapes, whose images stay in memory."""
-    if list(names) == ["shapes"]:
+    if are_shapes(names):
         return 0
     cpus = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
@@ -409,7 +409,7 @@ OWN_HELP = (
     '{"image": "path/below/it.jpg", "text": "the red cup", "box": [x1, y1, x2, y2]}, boxes in '
     "pixels of the upright image, and the images there"
 )
-SHAPES_HELP = "python train.py --dataset shapes generates it; delete a damaged folder first"
+SHAPES_HELP = "python train.py --dataset {} generates it; delete a damaged folder first"
 
 
 class DatasetInfo(NamedTuple):
@@ -449,8 +449,9 @@ DATASETS = {
         ("train", "val", "test"), (427_193, 14_433, 14_481), "flickr", FLICKR_HELP,
         {"index": "flickr/flickr_{}.pth"}),
     "own": DatasetInfo((*REFCOCO_SPLITS, "test"), (), "own", OWN_HELP, {"own": "{}.jsonl"}),
-    "shapes": DatasetInfo(
-        (*REFCOCO_SPLITS, "test"), (), "shapes", SHAPES_HELP, {"refer": "shapes/refs(unc).p"}),
+    **{name: DatasetInfo(
+        (*REFCOCO_SPLITS, "test"), (), name, SHAPES_HELP.format(name),
+        {"refer": f"{name}/refs(unc).p"}) for name in ("shapes", "shapes-long")},
 }
 # fmt: on
 IMAGE_PLACES = {  # where an image may be below the data root
@@ -470,6 +471,7 @@ IMAGE_PLACES = {  # where an image may be below the data root
     ),
     "own": ("{path}",),
     "shapes": ("shapes/images/{name}",),
+    "shapes-long": ("shapes-long/images/{name}",),
 }
 
 
@@ -982,6 +984,7 @@ SHAPES_SPLITS = {  # train is last: of scenes that look alike only those of the 
     "test": ShapesSplit(730, (3, 4, 5), 6, ALL_SORTS),  # as val, large enough to tell runs apart
     "train": ShapesSplit(26_000, (1, 2, 3, 3, 4, 4, 5, 5), 3, ALL_SORTS),
 }
+LONG_TRAIN = SHAPES_SPLITS["train"]._replace(scenes=100_000, expressions=6)  # of shapes-long
 # fmt: off
 TURN = [math.tau * step / 40 for step in range(40)]
 KINDS = {  # polygons in a box of 100 x 100, y downwards
@@ -1204,11 +1207,12 @@ def render_jpeg(rng, shapes):
     return file.getvalue()
 
 
-def make_scene(job):
-    """(split, number) -> shapes, {text: index of its shape}, captions, JPEG bytes."""
+def make_scene(job, splits=None):
+    """(split, number) -> shapes, {text: index of its shape}, captions, JPEG bytes. splits: as
+    SHAPES_SPLITS, which counts if None."""
     split, number = job
     rng = random.Random(f"{split} {number}")
-    wanted = SHAPES_SPLITS[split]
+    wanted = (splits or SHAPES_SPLITS)[split]
     shapes = random_shapes(rng, rng.choice(wanted.shapes))
     texts = {}
     for turn in range(wanted.expressions):
@@ -1225,17 +1229,17 @@ def make_scene(job):
     return shapes, texts, captions, render_jpeg(rng, shapes)
 
 
-def generate_shapes(folder):
-    """Write the shapes data set into a folder that does not exist yet, in RefCOCO's layout:
+def generate_shapes(folder, splits):
+    """Write a shapes data set into a folder that does not exist yet, in RefCOCO's layout:
     instances.json, refs(unc).p and images/; besides captions.json, {file name: captions} of the
-    train scenes, and bpe_vocab.txt.gz, a vocabulary in the format of CLIP's.
+    train scenes, and bpe_vocab.txt.gz, a closed vocabulary in the format of CLIP's.
     """
     (folder / "images").mkdir(parents=True)
     images, annotations, refs, captions, words = [], [], [], {}, set()
     split_of = {}  # a coarse look of a scene -> its split
-    jobs = [(s, number) for s, wanted in SHAPES_SPLITS.items() for number in range(wanted.scenes)]
+    jobs = [(s, number) for s, wanted in splits.items() for number in range(wanted.scenes)]
     with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
-        scenes = pool.imap(make_scene, jobs, chunksize=50)
+        scenes = pool.imap(functools.partial(make_scene, splits=splits), jobs, chunksize=50)
         bar = tqdm(jobs, "generating shapes", unit="scene")
         for (split, _), (shapes, texts, scene_captions, jpeg) in zip(bar, scenes):
             look = frozenset(
@@ -1253,7 +1257,8 @@ def generate_shapes(folder):
             add_annotations(shapes, texts, images[-1], split, annotations, refs)
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, start=1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
-    merges = "\n".join(["# version: shapes", *train_bpe(sorted(words))])
+    header = f"# shapes, {clip_model.WORDS}{' '.join(sorted(words))}"
+    merges = "\n".join([header, *train_bpe(sorted(words))])
     (folder / "instances.json").write_text(json.dumps(instances))
     (folder / "captions.json").write_text(json.dumps(captions))
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
@@ -1308,19 +1313,29 @@ def ignore_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_shapes(data_root):
-    """Generate the shapes data set below the data root if it is not there. Returns its folder.
+def are_shapes(names):
+    """Whether these data sets are one of shapes, and no other."""
+    return len(names) == 1 and names[0] in ("shapes", "shapes-long")
+
+
+def shapes_splits(name):
+    """{split: ShapesSplit} of a shapes data set."""
+    return SHAPES_SPLITS if name == "shapes" else SHAPES_SPLITS | {"train": LONG_TRAIN}
+
+
+def make_shapes(data_root, name="shapes"):
+    """Generate a shapes data set below the data root if it is not there. Returns its folder.
 
     The folder is complete or not there: it is made under another name and renamed at the end.
     """
-    folder = Path(data_root, "shapes")
+    folder = Path(data_root, name)
     if not folder.exists():
         with user_error(f"{folder} cannot be written", "name another --data-root", (OSError,)):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
-                generate_shapes(Path(unfinished, "shapes"))
+                generate_shapes(Path(unfinished, name), shapes_splits(name))
                 try:
-                    Path(unfinished, "shapes").replace(folder)
+                    Path(unfinished, name).replace(folder)
                 except OSError:
                     if not folder.exists():  # else another process was faster
                         raise
@@ -1395,7 +1410,7 @@ def download_dataset(name, data_root):
     """Fetch what is missing of a data set. Raises HiVGError, which says where to ask, for one that
     has no public address."""
     info = dataset_info(name)
-    if "refer" not in info.files or name == "shapes":
+    if "refer" not in info.files or are_shapes([name]):
         raise HiVGError(f"{name} cannot be downloaded: {info.help}.")
     family, paths = find_files(name, data_root)
     refer_is_half = family == "refer" and not all(

@@ -7,13 +7,14 @@
     python evaluate.py runs/refcoco/best.pt --benchmark --batch-size 32
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground (one image), predict and summary (a split), attention_maps, the drawings,
+Reading order: ground and ground_texts (one image), predict and summary (a split), attention_maps, the drawings,
 benchmark, device and processes (train.py uses these, too), and the command line.
 """
 
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import clip_model
 import data
 from clip_model import CLIP, CLIP_CONFIGS, HiVGError, Tokenizer, user_error
-from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, read_checkpoint
+from hivg import HiVG, HiVGConfig, HiVGOutput, box_iou, cxcywh_to_xyxy, read_checkpoint
 
 # isort: split
 # imports of the sections on drawings, benchmark, devices, command line
@@ -55,12 +56,29 @@ def ground(model, image, text):
 
     Raises HiVGError if the expression is empty.
     """
-    return tuple(ground_texts(model, image, [text])[0].tolist())
+    output, geometry = run_model(model, image, [text])
+    return tuple(data.box_to_pixels(output.boxes[0], geometry).tolist())
+
+
+class Found(NamedTuple):
+    """What is found for a text in an image."""
+
+    box: tuple  # x1, y1, x2, y2 in its pixels
+    score: float  # 0..1, how sure it is that what is meant is there: HiVGOutput.scores
+    region_map: torch.Tensor  # [g, g], HiVGOutput.region_map, g patches a side of the padded square
+
+
+def ground_texts(model, image, texts):
+    """What is found for several texts in one PIL image: a list of Found, computed in one batch."""
+    output, geometry = run_model(model, image, texts, for_losses=True)
+    boxes = data.box_to_pixels(output.boxes, geometry).tolist()
+    maps = output.region_map().unflatten(1, (model.grid, model.grid))
+    return list(map(Found, map(tuple, boxes), output.scores().tolist(), maps))
 
 
 @torch.inference_mode()
-def ground_texts(model, image, texts):
-    """`ground` for several texts in one batch: [len(texts), 4]."""
+def run_model(model, image, texts, for_losses=False):
+    """(HiVGOutput, on the CPU; Geometry) for texts about one PIL image."""
     for text in texts:
         if clip_model.is_empty(text):
             what = f"The expression {text!r} is empty"
@@ -71,8 +89,9 @@ def ground_texts(model, image, texts):
         "inner": torch.tensor([geometry.inner] * len(texts)),
         "tokens": model.tokenize(texts),
     }
-    boxes = model.eval()(*model_inputs(model, batch)).boxes  # [len(texts), 4]
-    return data.box_to_pixels(boxes.cpu(), geometry)
+    output = model.eval()(*model_inputs(model, batch), for_losses)
+    tensors = {name: value.cpu() for name, value in vars(output).items() if value is not None}
+    return HiVGOutput(**tensors), geometry
 
 
 def model_inputs(model, batch):
@@ -96,9 +115,9 @@ def open_split(model, names, split, data_root, **options):
 
 
 @torch.inference_mode()
-def predict(model, dataset, batch_size=64, workers=0, bf16=False):
+def predict(model, dataset, batch_size=64, workers=0, bf16=False, with_scores=False):
     """The boxes of a whole dataset in its order: (predicted, true), [len(dataset), 4] each, as cx,
-    cy, w, h of the square.
+    cy, w, h of the square; with_scores: (predicted, true, scores), scores [len(dataset)].
 
     Of several processes each predicts its share, every sample once, and all get the whole.
     """
@@ -106,19 +125,23 @@ def predict(model, dataset, batch_size=64, workers=0, bf16=False):
     model.eval()
     share = list(range(process_rank(), len(dataset), world_size()))
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    boxes = torch.zeros(len(dataset), 8)
+    rows = torch.zeros(len(dataset), 9)  # predicted box, true box, score
     on_gpu = next(model.parameters()).is_cuda
     reader = data.read_batches(dataset, batches, workers, pin_memory=on_gpu)
     bar = tqdm(reader, "  evaluating", len(batches), leave=False, disable=process_rank() > 0)
     for indices, batch in zip(batches, bar):
         images, tokens, padding = model_inputs(model, batch)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            predicted = model(images, tokens, padding).boxes
-        boxes[indices] = torch.cat([predicted.cpu(), batch["box"]], dim=1)
+            output = model(images, tokens, padding, for_losses=with_scores)
+        rows[indices, :4] = output.boxes.cpu()
+        rows[indices, 4:8] = batch["box"]
+        if with_scores:
+            rows[indices, 8] = output.scores().cpu()
     model.train(was_training)
     if world_size() > 1:
-        dist.all_reduce(boxes)  # a row is zero in all processes but one
-    return boxes[:, :4], boxes[:, 4:]
+        dist.all_reduce(rows)  # a row is zero in all processes but one
+    predicted, true, scores = rows[:, :4], rows[:, 4:8], rows[:, 8]
+    return (predicted, true, scores) if with_scores else (predicted, true)
 
 
 def clipped_iou(predicted, true):
@@ -194,13 +217,22 @@ def format_table(rows):
 
 
 def evaluate_splits(
-    model, checkpoint, name, splits, data_root, output, workers=0, bf16=False, annotations=None
+    model,
+    checkpoint,
+    name,
+    splits,
+    data_root,
+    output,
+    workers=0,
+    bf16=False,
+    annotations=None,
+    with_scores=False,
 ):
     """Evaluate splits of a data set (None: all but train): print the table and write, into `output`,
     a contact sheet for each split and results_NAME.json, or results_NAME_SPLIT.json for the splits
     that were asked for. annotations: {name: what data.read_annotations gives}, if they are read.
 
-    Returns a (GroundingDataset, predicted, true) for each split.
+    Returns (GroundingDataset, *what `predict` gives) for each split.
     """
     if annotations is None:
         annotations = {name: data.read_annotations(name, data_root, splits)}
@@ -213,9 +245,10 @@ def evaluate_splits(
     datasets = [open_split(model, name, s, data_root, annotations=annotations) for s in splits]
     rows, evaluated = [], []
     for dataset in datasets:
-        predicted, true = predict(model, dataset, workers=workers, bf16=bf16)
+        options = {"workers": workers, "bf16": bf16, "with_scores": with_scores}
+        predicted, true, *scores = predict(model, dataset, **options)
         rows.append(summary(dataset, predicted, true))
-        evaluated.append((dataset, predicted, true))
+        evaluated.append((dataset, predicted, true, *scores))
         if process_rank() == 0:
             for note in dataset.report:
                 print(f"{dataset.split}: {note}")
@@ -228,18 +261,20 @@ def evaluate_splits(
     return evaluated
 
 
-def box_lines(name, dataset, predicted, true):
+def box_lines(name, dataset, predicted, true, scores):
     """A JSON line for each expression of a split of a data set: image, text, the true and the found
-    box, x1, y1, x2, y2 in the image's pixels, and their IoU."""
+    box, x1, y1, x2, y2 in the image's pixels, their IoU, and the score."""
     lines = []
     iou = clipped_iou(predicted, true)
-    for sample, found, box, sample_iou in zip(dataset.samples, predicted, true, iou.tolist()):
+    columns = predicted, true, iou.tolist(), scores.tolist()
+    for sample, found, box, sample_iou, score in zip(dataset.samples, *columns):
         geometry = data.letterbox((0, 0, *data.image_size(sample)), dataset.image_size)
         line = {"dataset": name, "split": dataset.split, "image": sample.image, "text": sample.text}
         for key, square_box in (("true", box), ("found", found)):
             corners = data.box_to_pixels(square_box, geometry).tolist()
             line[key] = [round(value, 2) for value in corners]
-        lines.append(json.dumps(line | {"iou": round(sample_iou, 4)}) + "\n")
+        line |= {"iou": round(sample_iou, 4), "score": round(score, 4)}
+        lines.append(json.dumps(line) + "\n")
     return lines
 
 
@@ -300,21 +335,22 @@ def draw_box(image, box, colour):
     ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
 
 
-def draw_found(image, boxes, texts, side=480):
-    """A drawing of boxes in a PIL image, each in a colour of its own and with its text. An image of
-    fewer than `side` pixels is enlarged."""
+def draw_found(image, found, texts, side=480):
+    """A drawing of what `ground_texts` found in a PIL image: boxes, each in a colour of its own, with
+    its text and score. An image of fewer than `side` pixels is enlarged."""
     scale = math.ceil(side / max(image.size))
     drawing = image.resize((scale * image.width, scale * image.height), Image.BICUBIC)
     font = ImageFont.load_default(max(14, max(drawing.size) // 50))
-    boxes = [[scale * value for value in box] for box in boxes]
+    boxes = [[scale * value for value in one.box] for one in found]
     colours = list(itertools.islice(itertools.cycle(COLOURS), len(boxes)))
     for box, colour in zip(boxes, colours):
         draw_box(drawing, box, colour)
     labels = []  # where they lie: x1, y1, x2, y2
-    for box, colour, text in zip(boxes, colours, texts):
+    for box, colour, text, one in zip(boxes, colours, texts, found):
         label = " ".join(text.split())
         if len(label) > 60:
             label = label[:57] + "..."
+        label += f"  {one.score:.2f}"
         draw = ImageDraw.Draw(drawing)
         _, _, width, height = draw.textbbox((3, 1), label, font)
         place = label_place(box, width + 3, height + 3, drawing.size, labels)
@@ -382,14 +418,14 @@ def contact_sheet(dataset, predicted, true, path, count=24):
 NO_ATTENTION, HALF, FULL_ATTENTION = (20, 30, 120), (220, 50, 40), (255, 235, 90)
 
 
-def attention_overlay(image, weights, side):
+def attention_overlay(image, weights, side, top=None):
     """A PIL image, grey, under the colours of attention: weights [g, g] over its padded square of
-    `side` pixels."""
+    `side` pixels. top: the weight that has the brightest colour (None: the largest)."""
     geometry = data.letterbox((0, 0, *image.size), side)
-    left, top, width, height = geometry.inner
+    x, y, width, height = geometry.inner
     patch = side // len(weights)
-    heat = np.kron(weights, np.ones((patch, patch)))[top : top + height, left : left + width]
-    heat = Image.fromarray((255 * heat / heat.max()).astype(np.uint8))
+    heat = np.kron(weights, np.ones((patch, patch)))[y : y + height, x : x + width]
+    heat = Image.fromarray((255 * heat / (top or heat.max())).astype(np.uint8))
     heat = heat.reduce(patch).resize((width, height), Image.BILINEAR)  # smooth
     heat = ImageOps.colorize(heat, NO_ATTENTION, FULL_ATTENTION, HALF)
     grey = ImageOps.grayscale(data.crop_and_resize(image, geometry)).convert("RGB")
@@ -397,26 +433,32 @@ def attention_overlay(image, weights, side):
 
 
 def ground_and_draw(model, image_path, texts, attention, output):
-    """Find texts in an image file, print their boxes and draw them, all into one image; attention:
-    a row of panels for each text, with the maps."""
+    """Find texts in an image file, print boxes and scores and draw them, all into one image;
+    attention: a row of panels for each text, with the region map and the maps of attention."""
     output = output or Path(image_path).stem + ("_attention.png" if attention else "_found.png")
     check_no_input(output, image_path)
     image = data.load_image(image_path)
-    boxes = ground_texts(model, image, texts).tolist()
-    for text, box in zip(texts, boxes):
-        print(f"{image_path}: {text}: " + " ".join(f"{value:.1f}" for value in box))
+    found = ground_texts(model, image, texts)
+    for text, one in zip(texts, found):
+        box = " ".join(f"{value:.1f}" for value in one.box)
+        print(f"{image_path}: {text}: {box}: score {one.score:.2f}")
+        unseen = model.tokenizer.unseen_words(text)
+        if unseen:
+            print(f"(this model was trained without the words: {', '.join(unseen)})")
     if len(texts) > 1 and not any(" " in text for text in texts):
         print(f"(these are {len(texts)} expressions; quotes keep the words of one together)")
     if attention:
         panels = []
-        for text, box in zip(texts, boxes):
-            panels.append((image.copy(), text))
-            draw_box(panels[-1][0], box, FOUND_COLOUR)
+        S = model.config.image_size
+        for text, one in zip(texts, found):
+            panels.append((image.copy(), f"{one.score:.2f}  {text}"))
+            draw_box(panels[-1][0], one.box, FOUND_COLOUR)
+            panels.append((attention_overlay(image, one.region_map, S, top=1), "region map"))
             for name, weights in attention_maps(model, image, text).items():
-                panels.append((attention_overlay(image, weights, model.config.image_size), name))
+                panels.append((attention_overlay(image, weights, S), name))
         drawing = image_grid(panels, columns=len(panels) // len(texts))
     else:
-        drawing = draw_found(image, boxes, texts)
+        drawing = draw_found(image, found, texts)
     save_image(drawing, output)
 
 
@@ -738,9 +780,10 @@ def evaluate_data_sets(model, args):
     for name in annotations:
         workers = data.default_workers([name]) if args.workers is None else args.workers
         where = args.split, args.data_root, output, workers, args.bf16, annotations
-        for dataset, predicted, true in evaluate_splits(model, args.checkpoint, name, *where):
+        where += (bool(args.save_boxes),)
+        for evaluated in evaluate_splits(model, args.checkpoint, name, *where):
             if args.save_boxes and process_rank() == 0:
-                lines += box_lines(name, dataset, predicted, true)
+                lines += box_lines(name, *evaluated)
     if args.save_boxes and process_rank() == 0:
         write_text(args.save_boxes, "".join(lines))
         print(f"boxes written to {args.save_boxes}")

@@ -198,6 +198,15 @@ class HiVGOutput:
     image_vectors: torch.Tensor | None = None
     text_vectors: torch.Tensor | None = None  # [B, D], normalised
 
+    def region_map(self):
+        """[B, N]: for every patch the probability that it belongs to what is meant, sigmoid(s_p) of
+        L_RTCC; 0 in the padding."""
+        return self.region_logits.sigmoid().masked_fill(self.patch_padding, 0)
+
+    def scores(self):
+        """[B], 0..1: how sure it is that what is meant is in the image, the top of region_map."""
+        return self.region_map().amax(dim=1)
+
 
 @dataclass
 class TextFeatures:
@@ -531,7 +540,7 @@ def compute_losses(output, boxes, objects, logit_scale, beta=0.0):
             output.image_vectors, output.text_vectors, logit_scale.exp(), objects
         ),
         "focal": (focal.sum(dim=1) / real.sum(dim=1)).mean(),
-        "dice": dice_loss(output.region_logits.sigmoid() * real, targets * real).mean(),
+        "dice": dice_loss(output.region_map(), targets * real).mean(),
     }
 
 

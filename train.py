@@ -91,7 +91,12 @@ PRESETS = {  # for a data set and size of CLIP, else for a size alone
     "large-flickr30k": Preset((30, 5, 5, 5), RATES, (32, 32, 32, 32), without_bridges=10),
     "large-mixture": Preset((30, 10, 10, 10), MIXTURE_RATES, (32, 32, 32, 32), without_bridges=10),
     "shapes": SHAPES,
-    "shapes-long": replace(SHAPES, epochs=(9, 3, 3, 3), parts=1),
+    "shapes-long": replace(
+        SHAPES,
+        learning_rates=(1e-3, 4e-4, 3e-4, 2e-4),
+        batch_sizes=(64, 64, 64, 64),
+        config=replace(SHAPES.config, feedforward=256, region_width=256),
+    ),
 }
 AUTHORS_GPUS = 7  # the batches of their presets are those of each GPU
 WEIGHT_DECAY = 1e-4
@@ -374,21 +379,24 @@ def build_model(given, device):
     data_root, clip_path, seed = ((DEFAULTS | given)[n] for n in ("data_root", "clip", "seed"))
     if process_rank() > 0:
         barrier()  # the first process generates, trains and downloads what is missing
-    if "shapes" in given["dataset"]:
-        print(
-            "ahead: scenes and a small CLIP, where they are not there yet, then the model",
-            flush=True,
-        )
-        data.make_shapes(data_root)
-    if given["dataset"] == ["shapes"] and not {"clip", "init"} & set(given):
-        clip_path = Path(data_root, "shapes", f"clip_{seed}.pt")
+    for name in given["dataset"]:
+        if data.are_shapes([name]):
+            print(
+                "ahead: scenes and a small CLIP, where they are not there yet, then the model",
+                flush=True,
+            )
+            data.make_shapes(data_root, name)
+    if data.are_shapes(given["dataset"]) and not {"clip", "init"} & set(given):
+        (name,) = given["dataset"]
+        clip_path = Path(data_root, name, f"clip_{seed}.pt")
         if not clip_path.exists():
-            splits = data.SHAPES_SPLITS.items()  # a tenth of the expressions is sought in vain
-            sizes = {s: 0.9 * info.scenes * info.expressions for s, info in splits}
+            splits = data.shapes_splits(name)  # a tenth of the expressions is sought in vain
+            sizes = {s: 0.9 * info.scenes * info.expressions for s, info in splits.items()}
             train_size, val_size = sizes.pop("train"), sizes["val"]
-            settings = complete_settings(given, SHAPES_CLIP)
+            clip_config = SHAPES_CLIP if name == "shapes" else LONG_CLIP
+            settings = complete_settings(given, clip_config)
             pace = Pace(settings, [], train_size, val_size, at_end=sum(sizes.values()))
-            train_shapes_clip(clip_path, seed, device, pace)
+            train_shapes_clip(clip_path, clip_config, seed, device, pace)
     if "init" in given:
         first = hivg.load_checkpoint(given["init"])
         clip = first.clip
@@ -434,7 +442,7 @@ def complete_settings(given, clip_config):
     if kind != "mixture":
         of_twelve = BRIDGE_TEXT_LAYERS.get(kind, (12,))
         text_layers = tuple(math.ceil(i * clip_config.text_layers / 12) for i in of_twelve)
-    of_the_paper = not set(names) & {"shapes", "own"}
+    of_the_paper = not set(names) & {"shapes", "shapes-long", "own"}
     from_preset = {
         "preset": preset_name,
         "epochs": preset.epochs,
@@ -450,7 +458,7 @@ def complete_settings(given, clip_config):
     settings.loss = LOSS_WEIGHTS | settings.loss
     for flag in PER_STAGE:
         setattr(settings, flag, per_stage(getattr(settings, flag), settings.groups))
-    if names == ["shapes"]:
+    if data.are_shapes(names):
         settings.augment = False  # there are plenty; they are kept in memory
     if not stage_epochs(settings):
         raise HiVGError("--epochs 0 leaves nothing to train: give a stage at least one epoch.")
@@ -529,12 +537,13 @@ SHAPES_CLIP = CLIPConfig(
     text_layers=3,
     embed_dim=96,
 )
+LONG_CLIP = replace(SHAPES_CLIP, vision_width=128, text_width=128, embed_dim=128)  # shapes-long
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
 CLIP_WORK = 0.75  # time of a scene and its caption here, in trained expressions (see Pace)
 
 
-def train_shapes_clip(path, seed, device, pace):
-    """Train a small CLIP on the shapes data set, whose folder is that of `path`, and write it there.
+def train_shapes_clip(path, config, seed, device, pace):
+    """Train a small CLIP on a shapes data set, whose folder is that of `path`, and write it there.
 
     Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
     therefore knows scenes better than regions, the gap that the paper starts from (Fig. 1).
@@ -545,7 +554,7 @@ def train_shapes_clip(path, seed, device, pace):
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
     captions = json.loads((folder / "captions.json").read_text())
     names = np.array(list(captions))
-    S = SHAPES_CLIP.image_size
+    S = config.image_size
 
     @functools.cache  # a scene comes up about three times
     def read_scene(name):
@@ -557,7 +566,7 @@ def train_shapes_clip(path, seed, device, pace):
         inner = torch.tensor([[0, 0, S, S]], device=device)  # no padding
         return data.normalise(squares, inner, clip_model.MEAN, clip_model.STD)[0]
 
-    clip = CLIP(replace(SHAPES_CLIP, vocab_size=tokenizer.vocab_size)).to(device)
+    clip = CLIP(replace(config, vocab_size=tokenizer.vocab_size)).to(device)
     init_patches_by_pca(clip.visual, read_scenes(names[:1500]))
     trained = [p for p in clip.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
@@ -629,9 +638,10 @@ def run(given):
         settings.workers = data.default_workers(names)
 
     annotations = {name: data.read_annotations(name, data_root) for name in names}
-    options = {"annotations": annotations, "cache": names == ["shapes"]}
+    options = {"annotations": annotations, "cache": data.are_shapes(names)}
     train_set = open_split(model, names, "train", data_root, augment=settings.augment, **options)
     val_set = open_split(model, names, settings.select, data_root, **options)
+    model.tokenizer.add_words({sample.text for sample in train_set.samples})
     if len(train_set) < settings.accumulate * world_size() * PRESETS[settings.preset].parts:
         what = f"{len(train_set)} expressions are fewer than the batches of a step"
         raise HiVGError(f"{what}: give a smaller --accumulate, or start fewer processes.")
@@ -666,7 +676,7 @@ def check_request(given, last):
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     for name in given["dataset"]:
         data.dataset_info(name)
-        if name != "shapes":  # which is generated
+        if not data.are_shapes([name]):  # which are generated
             data.check_files(name, given.get("data_root", DEFAULTS["data_root"]))
     if "init" in given:
         if "clip" in given:

@@ -44,6 +44,20 @@ def test_tokenizer_by_hand(tokenizer):
     assert tokenizer("red &amp;amp; one").tolist() == tokenizer("red & one").tolist()
 
 
+def test_a_closed_vocabulary_knows_its_words():
+    """Words that no training text had are told; those of later training texts are added. CLIP's
+    vocabulary has parts of words, and tells none."""
+    merges = "r e\nre d</w>"
+    tokenizer = Tokenizer(io.StringIO(f"# {clip_model.WORDS}the red one\n{merges}"))
+    assert tokenizer.unseen_words("The RED one, ed and cup!") == ["ed", "and", "cup"]
+    tokenizer.add_words(["a cup", "the cup"])
+    again = Tokenizer(io.StringIO(tokenizer.merges_text))
+    assert again.unseen_words("a red cup and one") == ["and"] and again.ids == tokenizer.ids
+    tokenizer = Tokenizer(io.StringIO(f"#version: 0.2\n{merges}"))
+    tokenizer.add_words(["a cup"])
+    assert tokenizer.unseen_words("cup") == [] and tokenizer.merges_text[:13] == "#version: 0.2"
+
+
 def test_a_longer_text_is_cut_and_ends_with_the_end_token(tokenizer):
     """A long text keeps its end token last; a str and a list of str are the same."""
     assert tokenizer("red one blue", 4).tolist() == [[519, 513, 515, 520]]

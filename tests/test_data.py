@@ -437,7 +437,9 @@ HOW = {  # ways in which the files of a family are written
 CASES = [(n, f, h) for n, info in data.DATASETS.items() for f in info.files for h in HOW[f]]
 
 
-@pytest.mark.parametrize("name, family, how", [case for case in CASES if case[0] != "shapes"])
+@pytest.mark.parametrize(
+    "name, family, how", [case for case in CASES if not data.are_shapes(case[:1])]
+)
 def test_every_data_set_in_every_family(tmp_path, name, family, how):
     """From files in the real formats come the same samples: text as it is written, a box of corners
     with its fractions, the path of the image, and its size where it is certain."""
@@ -779,9 +781,9 @@ def test_expressions_are_true_of_exactly_one_shape():
 make_scene = data.make_scene
 
 
-def make_scene_again(job):
+def make_scene_again(job, splits):
     """The first five scenes of train are val's."""
-    return make_scene(("val", job[1]) if job[0] == "train" and job[1] < 5 else job)
+    return make_scene(("val", job[1]) if job[0] == "train" and job[1] < 5 else job, splits)
 
 
 def test_shapes_on_disk(tmp_path, monkeypatch):

@@ -148,6 +148,23 @@ def softmax_by_hand(q, k, heads, padding=None):
 
 
 @torch.inference_mode()
+def test_the_score_is_the_top_of_the_region_map(tokenizer):
+    """ground_texts gives the box of `ground`, sigmoid(s_p) by patch, 0 in the padding, and its top."""
+    model, picture = tiny_model(tokenizer, 1), plain_picture(60, 20)
+    texts = ["red one", "the blue one"]
+    square, geometry = data.preprocess(picture, 64)
+    inner = torch.tensor([geometry.inner])
+    images, padding = data.normalise(square[None], inner, model.config.mean, model.config.std)
+    for text, found in zip(texts, evaluate.ground_texts(model, picture, texts)):
+        assert found.box == pytest.approx(evaluate.ground(model, picture, text), abs=1e-3)
+        logits = model(images, model.tokenize(text), padding, for_losses=True).region_logits
+        expected = logits.sigmoid().view(4, 4)
+        expected[[0, 3]] = 0  # 60 x 20: the bars are padding
+        torch.testing.assert_close(found.region_map, expected, atol=1e-5, rtol=0)
+        assert found.score == found.region_map.max() and 0 < found.score < 1
+
+
+@torch.inference_mode()
 def test_attention_maps_by_hand(tokenizer):
     """[CLS] in the first layer and [REG] in the last, on a picture with bars of padding: as by hand."""
     model = tiny_model(tokenizer, 1)
@@ -195,15 +212,16 @@ def test_overlay_cuts_the_padding_away():
 
 
 def test_attention_on_the_command_line(monkeypatch, checkpoint, tmp_path, capsys):
-    """--attention draws a row of panels for each text: the box, four layers of V, [REG]."""
+    """--attention draws a row of panels for each text: the box, the region map, four layers of V,
+    [REG]."""
     plain_picture(90, 40).save(tmp_path / "photo.png")
     line = [checkpoint, "--image", tmp_path / "photo.png", "--text", "red one", "blue one"]
     out = tmp_path / "maps.png"
     assert command(monkeypatch, evaluate, *line, "--attention", "--output", out) is None
     sheet = Image.open(out)
-    assert sheet.size == (6 * 248, 2 * 284)
+    assert sheet.size == (7 * 248, 2 * 284)
     for row in range(2):
-        for column in range(6):
+        for column in range(7):
             panel = sheet.crop((column * 248, row * 284, column * 248 + 248, row * 284 + 248))
             assert len(panel.getcolors(10_000)) > 3, (row, column)
     printed = capsys.readouterr().out.splitlines()

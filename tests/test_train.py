@@ -447,18 +447,21 @@ def test_the_account_counts_every_parameter_once(tokenizer, stage):
     assert rows["CLIP"] == [0, sum(p.numel() for p in tiny_clip().parameters())]
 
 
-def test_shapes_from_nothing(monkeypatch, tmp_path):
-    """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again."""
+@pytest.mark.parametrize("name", ["shapes", "shapes-long"])
+def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
+    """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again.
+    The model knows which words it has never seen."""
     sizes = {"val": 8, "testA": 4, "testB": 4, "test": 4, "train": 16}
     small = {s: info._replace(scenes=sizes[s]) for s, info in data.SHAPES_SPLITS.items()}
     monkeypatch.setattr(data, "SHAPES_SPLITS", small)
+    monkeypatch.setattr(data, "LONG_TRAIN", data.LONG_TRAIN._replace(scenes=16))
     monkeypatch.setattr(train, "SHAPES_CLIP_STEPS", 2)
     monkeypatch.setattr(train, "SHAPES_CLIP_BATCH", 8)
-    line = ["--dataset", "shapes", "--data-root", tmp_path / "data", "--epochs", 1]
+    line = ["--dataset", name, "--data-root", tmp_path / "data", "--epochs", 1]
     line += ["--batch-size", 32, "--device", "cpu", "--output"]
     assert command(monkeypatch, train, *line, tmp_path / "a") is None
-    names = ("shapes/instances.json", "shapes/clip_0.pt")
-    stamps = [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
+    names = (f"{name}/instances.json", f"{name}/clip_0.pt")
+    stamps = [(tmp_path / "data" / file).stat().st_mtime_ns for file in names]
     with monkeypatch.context() as patch:
 
         def stop(*given):
@@ -466,14 +469,18 @@ def test_shapes_from_nothing(monkeypatch, tmp_path):
 
         patch.setattr(train, "train_epoch", stop)
         assert "stopped" in command(patch, train, *line, tmp_path / "b")
-    assert stamps == [(tmp_path / "data" / name).stat().st_mtime_ns for name in names]
-    results = json.loads((tmp_path / "a/results_shapes.json").read_text())
+    assert stamps == [(tmp_path / "data" / file).stat().st_mtime_ns for file in names]
+    results = json.loads((tmp_path / f"a/results_{name}.json").read_text())
     assert {row["split"] for row in results["results"]} == {"val", "testA", "testB", "test"}
     shutil.rmtree(tmp_path / "data")
     model = load_checkpoint(tmp_path / "a/best.pt")  # stands alone
     picture = Image.new("RGB", (100, 50))
     x1, y1, x2, y2 = evaluate.ground(model, picture, "the small red circle")
     assert 0 <= x1 <= x2 <= 100 and 0 <= y1 <= y2 <= 50
+    picture.save(tmp_path / "a.png")
+    line = [tmp_path / "a/best.pt", "--image", tmp_path / "a.png", "--text", "the purple circle"]
+    assert command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png") is None
+    assert "trained without the words: purple)" in capsys.readouterr().out
 
 
 def test_photographs_run(monkeypatch, shared, tmp_path, clip_vocabulary):
@@ -562,6 +569,10 @@ def test_boxes_are_saved_for_others_to_compare(monkeypatch, finished, refer_root
     assert [row["split"] for row in lines[:6]] == ["val"] * 4 + ["testA"] * 2
     assert all(Path(row["image"]).is_file() and row["text"].endswith(" one") for row in lines)
     true, found = (torch.tensor([row[name] for row in lines]) for name in ("true", "found"))
+    model = load_checkpoint(finished / "best.pt")
+    for row in lines[:2]:
+        (again,) = evaluate.ground_texts(model, data.load_image(row["image"]), [row["text"]])
+        assert row["score"] == pytest.approx(again.score, abs=1e-3)
     iou = box_iou(found, true)
     assert iou.tolist() == pytest.approx([row["iou"] for row in lines], abs=2e-3)
     for name in ("refcoco", "refcoco+"):
