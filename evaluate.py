@@ -60,8 +60,8 @@ def ground(model, image, text):
     return tuple(data.box_to_pixels(output.boxes[0], geometry).tolist())
 
 
-class Found(NamedTuple):
-    """What is found for a text in an image."""
+class Grounding(NamedTuple):
+    """What `ground_texts` gives for a text."""
 
     box: tuple  # x1, y1, x2, y2 in its pixels
     score: float  # 0..1, how sure it is that what is meant is there: HiVGOutput.scores
@@ -69,11 +69,14 @@ class Found(NamedTuple):
 
 
 def ground_texts(model, image, texts):
-    """What is found for several texts in one PIL image: a list of Found, computed in one batch."""
+    """Several texts in one PIL image, in one batch: a Grounding for each."""
     output, geometry = run_model(model, image, texts, for_losses=True)
-    boxes = data.box_to_pixels(output.boxes, geometry).tolist()
-    maps = output.region_map().unflatten(1, (model.grid, model.grid))
-    return list(map(Found, map(tuple, boxes), output.scores().tolist(), maps))
+    boxes = data.box_to_pixels(output.boxes, geometry)
+    maps = output.region_map().unflatten(1, (model.grid, model.grid))  # [len(texts), g, g]
+    groundings = []
+    for box, score, region_map in zip(boxes, output.scores(), maps):
+        groundings.append(Grounding(tuple(box.tolist()), score.item(), region_map))
+    return groundings
 
 
 @torch.inference_mode()
@@ -141,7 +144,9 @@ def predict(model, dataset, batch_size=64, workers=0, bf16=False, with_scores=Fa
     if world_size() > 1:
         dist.all_reduce(rows)  # a row is zero in all processes but one
     predicted, true, scores = rows[:, :4], rows[:, 4:8], rows[:, 8]
-    return (predicted, true, scores) if with_scores else (predicted, true)
+    if with_scores:
+        return predicted, true, scores
+    return predicted, true
 
 
 def clipped_iou(predicted, true):
@@ -246,9 +251,10 @@ def evaluate_splits(
     rows, evaluated = [], []
     for dataset in datasets:
         options = {"workers": workers, "bf16": bf16, "with_scores": with_scores}
-        predicted, true, *scores = predict(model, dataset, **options)
+        predictions = predict(model, dataset, **options)
+        predicted, true = predictions[:2]
         rows.append(summary(dataset, predicted, true))
-        evaluated.append((dataset, predicted, true, *scores))
+        evaluated.append((dataset, *predictions))
         if process_rank() == 0:
             for note in dataset.report:
                 print(f"{dataset.split}: {note}")
@@ -335,22 +341,22 @@ def draw_box(image, box, colour):
     ImageDraw.Draw(image).rectangle([round(v) for v in box], outline=colour, width=width)
 
 
-def draw_found(image, found, texts, side=480):
-    """A drawing of what `ground_texts` found in a PIL image: boxes, each in a colour of its own, with
-    its text and score. An image of fewer than `side` pixels is enlarged."""
+def draw_groundings(image, groundings, texts, side=480):
+    """A drawing of what `ground_texts` gives for a PIL image: boxes, each in a colour of its own,
+    with text and score. An image of fewer than `side` pixels is enlarged."""
     scale = math.ceil(side / max(image.size))
     drawing = image.resize((scale * image.width, scale * image.height), Image.BICUBIC)
     font = ImageFont.load_default(max(14, max(drawing.size) // 50))
-    boxes = [[scale * value for value in one.box] for one in found]
+    boxes = [[scale * value for value in grounding.box] for grounding in groundings]
     colours = list(itertools.islice(itertools.cycle(COLOURS), len(boxes)))
     for box, colour in zip(boxes, colours):
         draw_box(drawing, box, colour)
     labels = []  # where they lie: x1, y1, x2, y2
-    for box, colour, text, one in zip(boxes, colours, texts, found):
+    for box, colour, text, grounding in zip(boxes, colours, texts, groundings):
         label = " ".join(text.split())
         if len(label) > 60:
             label = label[:57] + "..."
-        label += f"  {one.score:.2f}"
+        label += f"  {grounding.score:.2f}"
         draw = ImageDraw.Draw(drawing)
         _, _, width, height = draw.textbbox((3, 1), label, font)
         place = label_place(box, width + 3, height + 3, drawing.size, labels)
@@ -438,10 +444,10 @@ def ground_and_draw(model, image_path, texts, attention, output):
     output = output or Path(image_path).stem + ("_attention.png" if attention else "_found.png")
     check_no_input(output, image_path)
     image = data.load_image(image_path)
-    found = ground_texts(model, image, texts)
-    for text, one in zip(texts, found):
-        box = " ".join(f"{value:.1f}" for value in one.box)
-        print(f"{image_path}: {text}: {box}: score {one.score:.2f}")
+    groundings = ground_texts(model, image, texts)
+    for text, grounding in zip(texts, groundings):
+        box = " ".join(f"{value:.1f}" for value in grounding.box)
+        print(f"{image_path}: {text}: {box}: score {grounding.score:.2f}")
         unseen = model.tokenizer.unseen_words(text)
         if unseen:
             print(f"(this model was trained without the words: {', '.join(unseen)})")
@@ -450,15 +456,17 @@ def ground_and_draw(model, image_path, texts, attention, output):
     if attention:
         panels = []
         S = model.config.image_size
-        for text, one in zip(texts, found):
-            panels.append((image.copy(), f"{one.score:.2f}  {text}"))
-            draw_box(panels[-1][0], one.box, FOUND_COLOUR)
-            panels.append((attention_overlay(image, one.region_map, S, top=1), "region map"))
+        for text, grounding in zip(texts, groundings):
+            with_box = image.copy()
+            draw_box(with_box, grounding.box, FOUND_COLOUR)
+            panels.append((with_box, f"{grounding.score:.2f}  {text}"))
+            region_map = attention_overlay(image, grounding.region_map, S, top=1)
+            panels.append((region_map, "region map"))
             for name, weights in attention_maps(model, image, text).items():
                 panels.append((attention_overlay(image, weights, S), name))
         drawing = image_grid(panels, columns=len(panels) // len(texts))
     else:
-        drawing = draw_found(image, found, texts)
+        drawing = draw_groundings(image, groundings, texts)
     save_image(drawing, output)
 
 
