@@ -240,6 +240,7 @@ WORD_PATTERN = regex.compile(
 BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers, which are shown as nothing
 MAX_CHARACTERS = 10_000  # of a text; 77 tokens hold far less
 MAX_MERGES = 49152 - 256 - 2  # CLIP's file holds more than CLIP uses
+CLOSED_VOCABULARY = "closed vocabulary: "  # in a header: the words follow
 
 
 def bytes_to_unicode():
@@ -255,14 +256,12 @@ def bytes_to_unicode():
     return symbols
 
 
-WORDS = "closed vocabulary: "  # followed by words, in the header of a merges file
-
-
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
     merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
-    or an open text file. The ids are: 256 symbols, the same 256 at the end of a word, one for each
+    or an open text file. A header with CLOSED_VOCABULARY lists all words of the training texts. The
+    ids are: 256 symbols, the same 256 at the end of a word, one for each
     merge, the start token, the end token. Raises HiVGError if a path cannot be read, ValueError for
     an open file with a line that is not two symbols.
     """
@@ -278,7 +277,7 @@ class Tokenizer:
                     self.merges_text = file.read()
                 merges = parse_merges(self.merges_text)
         header = self.merges_text.partition("\n")[0]
-        self.words = set(header.partition(WORDS)[2].split())  # see unseen_words
+        self.closed_words = set(header.partition(CLOSED_VOCABULARY)[2].split())
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())
@@ -312,18 +311,20 @@ class Tokenizer:
         return ids
 
     def unseen_words(self, text):
-        """The words of a text that did not occur in training, if the vocabulary is a closed one: its
-        header names all words that did. [] with CLIP's vocabulary."""
-        if not self.words:
+        """The words of a text that a closed vocabulary does not list, each once: they did not occur
+        in training. [] with CLIP's vocabulary."""
+        if not self.closed_words:
             return []
-        words = [word for word in WORD_PATTERN.findall(clean_text(text)) if word.isalnum()]
-        return [word for word in words if word not in self.words]
+        words = dict.fromkeys(WORD_PATTERN.findall(clean_text(text)))
+        return [word for word in words if word.isalnum() and word not in self.closed_words]
 
     def add_words(self, texts):
         """Add the words of more training texts to the header of a closed vocabulary."""
+        if not self.closed_words:
+            return
         new = {word for text in texts for word in self.unseen_words(text)}
         header, line_end, merges = self.merges_text.partition("\n")
-        self.words |= new
+        self.closed_words |= new
         self.merges_text = " ".join([header, *sorted(new)]) + line_end + merges
 
     def decode(self, ids):

@@ -423,6 +423,7 @@ class DatasetInfo(NamedTuple):
     web_archive: int = 0  # time stamp of the web archive's copy of refer's files
 
 
+SHAPES_SETS = ("shapes", "shapes-long")  # they are generated
 REFCOCO_SPLITS = ("train", "val", "testA", "testB")
 # fmt: off
 DATASETS = {
@@ -449,9 +450,12 @@ DATASETS = {
         ("train", "val", "test"), (427_193, 14_433, 14_481), "flickr", FLICKR_HELP,
         {"index": "flickr/flickr_{}.pth"}),
     "own": DatasetInfo((*REFCOCO_SPLITS, "test"), (), "own", OWN_HELP, {"own": "{}.jsonl"}),
-    **{name: DatasetInfo(
-        (*REFCOCO_SPLITS, "test"), (), name, SHAPES_HELP.format(name),
-        {"refer": f"{name}/refs(unc).p"}) for name in ("shapes", "shapes-long")},
+    "shapes": DatasetInfo(
+        (*REFCOCO_SPLITS, "test"), (), "shapes", SHAPES_HELP.format("shapes"),
+        {"refer": "shapes/refs(unc).p"}),
+    "shapes-long": DatasetInfo(
+        (*REFCOCO_SPLITS, "test"), (), "shapes-long", SHAPES_HELP.format("shapes-long"),
+        {"refer": "shapes-long/refs(unc).p"}),
 }
 # fmt: on
 IMAGE_PLACES = {  # where an image may be below the data root
@@ -1139,8 +1143,8 @@ def holds(degree, superlative, target, others):
 
 
 def try_expression(rng, shapes, sort):
-    """One try at an expression: (text, index of the shape that it means), or None if it is not
-    proven to mean that one alone. As people do, it may say more than is needed."""
+    """One try at an expression: (text, index of the shape that it means, its description), or None
+    if it is not proven to mean that one alone. As people do, it may say more than is needed."""
     target = rng.choice(shapes)
     said = random_description(rng, target)
     rivals = [shape for shape in matching(shapes, said) if shape is not target]
@@ -1166,7 +1170,7 @@ def try_expression(rng, shapes, sort):
     phrases[1:] = ["the " + phrase for phrase in phrases[1:]]
     article = rng.choice(("", "", "the "))
     text = article + rng.choice(templates.split("|")).format(*phrases)
-    return text, shapes.index(target)
+    return text, shapes.index(target), said
 
 
 def random_caption(rng, shapes):
@@ -1207,12 +1211,10 @@ def render_jpeg(rng, shapes):
     return file.getvalue()
 
 
-def make_scene(job, splits=None):
-    """(split, number) -> shapes, {text: index of its shape}, captions, JPEG bytes. splits: as
-    SHAPES_SPLITS, which counts if None."""
-    split, number = job
+def make_scene(job):
+    """(split, number, ShapesSplit) -> shapes, {text: index of its shape}, captions, JPEG bytes."""
+    split, number, wanted = job
     rng = random.Random(f"{split} {number}")
-    wanted = (splits or SHAPES_SPLITS)[split]
     shapes = random_shapes(rng, rng.choice(wanted.shapes))
     texts = {}
     for turn in range(wanted.expressions):
@@ -1220,7 +1222,7 @@ def make_scene(job, splits=None):
         for _ in range(100):
             expression = try_expression(rng, shapes, sort)
             if expression and expression[0] not in texts:
-                text, index = expression
+                text, index, _ = expression
                 texts[text] = index
                 break
     captions = []
@@ -1237,11 +1239,11 @@ def generate_shapes(folder, splits):
     (folder / "images").mkdir(parents=True)
     images, annotations, refs, captions, words = [], [], [], {}, set()
     split_of = {}  # a coarse look of a scene -> its split
-    jobs = [(s, number) for s, wanted in splits.items() for number in range(wanted.scenes)]
+    jobs = [(s, number, wanted) for s, wanted in splits.items() for number in range(wanted.scenes)]
     with multiprocessing.Pool(initializer=ignore_ctrl_c) as pool:
-        scenes = pool.imap(functools.partial(make_scene, splits=splits), jobs, chunksize=50)
+        scenes = pool.imap(make_scene, jobs, chunksize=50)
         bar = tqdm(jobs, "generating shapes", unit="scene")
-        for (split, _), (shapes, texts, scene_captions, jpeg) in zip(bar, scenes):
+        for (split, _, _), (shapes, texts, scene_captions, jpeg) in zip(bar, scenes):
             look = frozenset(
                 (*shape[:3], round(8 * shape.x), round(8 * shape.y)) for shape in shapes
             )
@@ -1257,7 +1259,7 @@ def generate_shapes(folder, splits):
             add_annotations(shapes, texts, images[-1], split, annotations, refs)
     categories = [{"id": number, "name": kind} for number, kind in enumerate(KINDS, start=1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
-    header = f"# shapes, {clip_model.WORDS}{' '.join(sorted(words))}"
+    header = f"# shapes, {clip_model.CLOSED_VOCABULARY}{' '.join(sorted(words))}"
     merges = "\n".join([header, *train_bpe(sorted(words))])
     (folder / "instances.json").write_text(json.dumps(instances))
     (folder / "captions.json").write_text(json.dumps(captions))
@@ -1314,8 +1316,8 @@ def ignore_ctrl_c():
 
 
 def are_shapes(names):
-    """Whether these data sets are one of shapes, and no other."""
-    return len(names) == 1 and names[0] in ("shapes", "shapes-long")
+    """Whether there is one data set alone, one of shapes."""
+    return len(names) == 1 and names[0] in SHAPES_SETS
 
 
 def shapes_splits(name):
@@ -1410,7 +1412,7 @@ def download_dataset(name, data_root):
     """Fetch what is missing of a data set. Raises HiVGError, which says where to ask, for one that
     has no public address."""
     info = dataset_info(name)
-    if "refer" not in info.files or are_shapes([name]):
+    if "refer" not in info.files or name in SHAPES_SETS:
         raise HiVGError(f"{name} cannot be downloaded: {info.help}.")
     family, paths = find_files(name, data_root)
     refer_is_half = family == "refer" and not all(

@@ -7,8 +7,8 @@
     python evaluate.py runs/refcoco/best.pt --benchmark --batch-size 32
     python evaluate.py --curve runs/hilora/log.jsonl runs/vanilla/log.jsonl --output curve.png
 
-Reading order: ground and ground_texts (one image), predict and summary (a split), attention_maps, the drawings,
-benchmark, device and processes (train.py uses these, too), and the command line.
+Reading order: ground and ground_texts (one image), predict and summary (a split), attention_maps,
+the drawings, benchmark, device and processes (train.py uses these, too), and the command line.
 """
 
 import json
@@ -24,7 +24,7 @@ from tqdm import tqdm
 import clip_model
 import data
 from clip_model import CLIP, CLIP_CONFIGS, HiVGError, Tokenizer, user_error
-from hivg import HiVG, HiVGConfig, HiVGOutput, box_iou, cxcywh_to_xyxy, read_checkpoint
+from hivg import HiVG, HiVGConfig, box_iou, cxcywh_to_xyxy, read_checkpoint
 
 # isort: split
 # imports of the sections on drawings, benchmark, devices, command line
@@ -56,23 +56,26 @@ def ground(model, image, text):
 
     Raises HiVGError if the expression is empty.
     """
-    output, geometry = run_model(model, image, [text])
-    return tuple(data.box_to_pixels(output.boxes[0], geometry).tolist())
+    output, geometry = forward_texts(model, image, [text])
+    return tuple(data.box_to_pixels(output.boxes[0].cpu(), geometry).tolist())
 
 
 class Grounding(NamedTuple):
     """What `ground_texts` gives for a text."""
 
     box: tuple  # x1, y1, x2, y2 in its pixels
-    score: float  # 0..1, how sure it is that what is meant is there: HiVGOutput.scores
-    region_map: torch.Tensor  # [g, g], HiVGOutput.region_map, g patches a side of the padded square
+    score: float  # see HiVGOutput.scores
+    region_map: torch.Tensor  # [g, g], see HiVGOutput.region_map; g patches a side of the square
 
 
 def ground_texts(model, image, texts):
-    """Several texts in one PIL image, in one batch: a Grounding for each."""
-    output, geometry = run_model(model, image, texts, for_losses=True)
-    boxes = data.box_to_pixels(output.boxes, geometry)
-    maps = output.region_map().unflatten(1, (model.grid, model.grid))  # [len(texts), g, g]
+    """Several texts in one PIL image, in one batch: a list with a Grounding for each.
+
+    Raises HiVGError if an expression is empty.
+    """
+    output, geometry = forward_texts(model, image, texts, for_losses=True)
+    boxes = data.box_to_pixels(output.boxes.cpu(), geometry)
+    maps = output.region_map().unflatten(1, (model.grid, model.grid)).cpu()  # [len(texts), g, g]
     groundings = []
     for box, score, region_map in zip(boxes, output.scores(), maps):
         groundings.append(Grounding(tuple(box.tolist()), score.item(), region_map))
@@ -80,8 +83,8 @@ def ground_texts(model, image, texts):
 
 
 @torch.inference_mode()
-def run_model(model, image, texts, for_losses=False):
-    """(HiVGOutput, on the CPU; Geometry) for texts about one PIL image."""
+def forward_texts(model, image, texts, for_losses=False):
+    """(HiVGOutput, Geometry) for texts about one PIL image."""
     for text in texts:
         if clip_model.is_empty(text):
             what = f"The expression {text!r} is empty"
@@ -92,9 +95,7 @@ def run_model(model, image, texts, for_losses=False):
         "inner": torch.tensor([geometry.inner] * len(texts)),
         "tokens": model.tokenize(texts),
     }
-    output = model.eval()(*model_inputs(model, batch), for_losses)
-    tensors = {name: value.cpu() for name, value in vars(output).items() if value is not None}
-    return HiVGOutput(**tensors), geometry
+    return model.eval()(*model_inputs(model, batch), for_losses=for_losses), geometry
 
 
 def model_inputs(model, batch):
@@ -273,10 +274,10 @@ def box_lines(name, dataset, predicted, true, scores):
     lines = []
     iou = clipped_iou(predicted, true)
     columns = predicted, true, iou.tolist(), scores.tolist()
-    for sample, found, box, sample_iou, score in zip(dataset.samples, *columns):
+    for sample, predicted_box, true_box, sample_iou, score in zip(dataset.samples, *columns):
         geometry = data.letterbox((0, 0, *data.image_size(sample)), dataset.image_size)
         line = {"dataset": name, "split": dataset.split, "image": sample.image, "text": sample.text}
-        for key, square_box in (("true", box), ("found", found)):
+        for key, square_box in (("true", true_box), ("found", predicted_box)):
             corners = data.box_to_pixels(square_box, geometry).tolist()
             line[key] = [round(value, 2) for value in corners]
         line |= {"iou": round(sample_iou, 4), "score": round(score, 4)}
@@ -424,14 +425,16 @@ def contact_sheet(dataset, predicted, true, path, count=24):
 NO_ATTENTION, HALF, FULL_ATTENTION = (20, 30, 120), (220, 50, 40), (255, 235, 90)
 
 
-def attention_overlay(image, weights, side, top=None):
-    """A PIL image, grey, under the colours of attention: weights [g, g] over its padded square of
-    `side` pixels. top: the weight that has the brightest colour (None: the largest)."""
+def attention_overlay(image, weights, side, brightest=None):
+    """A PIL image, grey, under the colours of a map: weights [g, g] over its padded square of `side`
+    pixels. brightest: the weight with the brightest colour, None for the largest there is."""
     geometry = data.letterbox((0, 0, *image.size), side)
     x, y, width, height = geometry.inner
     patch = side // len(weights)
     heat = np.kron(weights, np.ones((patch, patch)))[y : y + height, x : x + width]
-    heat = Image.fromarray((255 * heat / (top or heat.max())).astype(np.uint8))
+    if brightest is None:
+        brightest = heat.max()
+    heat = Image.fromarray((255 * heat / brightest).astype(np.uint8))
     heat = heat.reduce(patch).resize((width, height), Image.BILINEAR)  # smooth
     heat = ImageOps.colorize(heat, NO_ATTENTION, FULL_ATTENTION, HALF)
     grey = ImageOps.grayscale(data.crop_and_resize(image, geometry)).convert("RGB")
@@ -459,9 +462,9 @@ def ground_and_draw(model, image_path, texts, attention, output):
         for text, grounding in zip(texts, groundings):
             with_box = image.copy()
             draw_box(with_box, grounding.box, FOUND_COLOUR)
-            panels.append((with_box, f"{grounding.score:.2f}  {text}"))
-            region_map = attention_overlay(image, grounding.region_map, S, top=1)
-            panels.append((region_map, "region map"))
+            panels.append((with_box, f"score {grounding.score:.2f}: {text}"))
+            regions = attention_overlay(image, grounding.region_map, S, brightest=1)
+            panels.append((regions, "region map"))
             for name, weights in attention_maps(model, image, text).items():
                 panels.append((attention_overlay(image, weights, S), name))
         drawing = image_grid(panels, columns=len(panels) // len(texts))

@@ -200,11 +200,13 @@ class HiVGOutput:
 
     def region_map(self):
         """[B, N]: for every patch the probability that it belongs to what is meant, sigmoid(s_p) of
-        L_RTCC; 0 in the padding."""
+        L_RTCC; 0 in the padding. Like `scores` it needs an output made with for_losses."""
         return self.region_logits.sigmoid().masked_fill(self.patch_padding, 0)
 
     def scores(self):
-        """[B], 0..1: how sure it is that what is meant is in the image, the top of region_map."""
+        """[B], 0..1: how sure it is that what is meant is in the image, the largest value of
+        region_map. It follows from image and text, not from the box; without L_RTCC in training it
+        says nothing."""
         return self.region_map().amax(dim=1)
 
 

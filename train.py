@@ -379,8 +379,8 @@ def build_model(given, device):
     data_root, clip_path, seed = ((DEFAULTS | given)[n] for n in ("data_root", "clip", "seed"))
     if process_rank() > 0:
         barrier()  # the first process generates, trains and downloads what is missing
-    for name in given["dataset"]:
-        if data.are_shapes([name]):
+    for name in data.SHAPES_SETS:
+        if name in given["dataset"]:
             print(
                 "ahead: scenes and a small CLIP, where they are not there yet, then the model",
                 flush=True,
@@ -442,7 +442,7 @@ def complete_settings(given, clip_config):
     if kind != "mixture":
         of_twelve = BRIDGE_TEXT_LAYERS.get(kind, (12,))
         text_layers = tuple(math.ceil(i * clip_config.text_layers / 12) for i in of_twelve)
-    of_the_paper = not set(names) & {"shapes", "shapes-long", "own"}
+    of_the_paper = not set(names) & {"own", *data.SHAPES_SETS}
     from_preset = {
         "preset": preset_name,
         "epochs": preset.epochs,
@@ -556,7 +556,7 @@ def train_shapes_clip(path, config, seed, device, pace):
     names = np.array(list(captions))
     S = config.image_size
 
-    @functools.cache  # a scene comes up about three times
+    @functools.cache  # a scene of shapes comes up about three times
     def read_scene(name):
         square, _ = data.preprocess(data.load_image(folder / "images" / name), S)
         return square  # uint8 [3, S, S]
@@ -641,7 +641,7 @@ def run(given):
     options = {"annotations": annotations, "cache": data.are_shapes(names)}
     train_set = open_split(model, names, "train", data_root, augment=settings.augment, **options)
     val_set = open_split(model, names, settings.select, data_root, **options)
-    model.tokenizer.add_words({sample.text for sample in train_set.samples})
+    model.tokenizer.add_words(sample.text for sample in train_set.samples)
     if len(train_set) < settings.accumulate * world_size() * PRESETS[settings.preset].parts:
         what = f"{len(train_set)} expressions are fewer than the batches of a step"
         raise HiVGError(f"{what}: give a smaller --accumulate, or start fewer processes.")
@@ -676,7 +676,7 @@ def check_request(given, last):
         raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
     for name in given["dataset"]:
         data.dataset_info(name)
-        if not data.are_shapes([name]):  # which are generated
+        if name not in data.SHAPES_SETS:
             data.check_files(name, given.get("data_root", DEFAULTS["data_root"]))
     if "init" in given:
         if "clip" in given:

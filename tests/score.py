@@ -1,6 +1,6 @@
 """How far the score of a box can be trusted, on shapes: python tests/score.py runs/shapes/best.pt
 
-Draws scenes that no run has seen. Of each expression the model is asked twice: in its own scene, and
+Draws new scenes. Of each expression the model is asked twice: in its own scene, and
 in one where nothing fits, since no shape there has the attributes that it says of what is meant.
 Prints the areas under the ROC curve of the score: fitting against unfitting questions, and right
 against wrong boxes among the fitting ones; and the correlation of score and IoU.
@@ -29,13 +29,9 @@ def draw_scene(number):
     expressions = []
     for sort in data.ALL_SORTS:
         for _ in range(100):
-            state = rng.getstate()
             expression = data.try_expression(rng, shapes, sort)
             if expression:
-                text, index = expression
-                again = random.Random()
-                again.setstate(state)  # for the first choices of try_expression
-                description = data.random_description(again, again.choice(shapes))
+                text, index, description = expression
                 expressions.append((text, description, shapes[index].box))
                 break
     image = Image.open(io.BytesIO(data.render_jpeg(rng, shapes)))
@@ -55,15 +51,17 @@ def main():
     fitting, unfitting, iou = [], [], []
     for image, _, expressions in scenes:
         for text, description, box in expressions:
-            others = [other for other in scenes if not data.matching(other[1], description)]
-            if not others:
+            images = [
+                image for image, shapes, _ in scenes if not data.matching(shapes, description)
+            ]
+            if not images:
                 continue  # it says nothing of what is meant: "left most thing"
-            (own,) = evaluate.ground_texts(model, image, [text])
-            (other,) = evaluate.ground_texts(model, rng.choice(others)[0], [text])
-            fitting.append(own.score)
-            unfitting.append(other.score)
+            (here,) = evaluate.ground_texts(model, image, [text])
+            (elsewhere,) = evaluate.ground_texts(model, rng.choice(images), [text])
+            fitting.append(here.score)
+            unfitting.append(elsewhere.score)
             true = torch.tensor([box]) / 2  # half pixels -> pixels
-            iou.append(box_iou(torch.tensor([own.box]), true).item())
+            iou.append(box_iou(torch.tensor([here.box]), true).item())
     fitting, unfitting, iou = map(torch.tensor, (fitting, unfitting, iou))
     right = iou >= 0.5
     print(f"{len(iou):,} expressions, Acc@0.5 {right.float().mean():.1%}")

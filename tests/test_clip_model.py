@@ -48,7 +48,7 @@ def test_a_closed_vocabulary_knows_its_words():
     """Words that no training text had are told; those of later training texts are added. CLIP's
     vocabulary has parts of words, and tells none."""
     merges = "r e\nre d</w>"
-    tokenizer = Tokenizer(io.StringIO(f"# {clip_model.WORDS}the red one\n{merges}"))
+    tokenizer = Tokenizer(io.StringIO(f"# {clip_model.CLOSED_VOCABULARY}the red one\n{merges}"))
     assert tokenizer.unseen_words("The RED one, ed and cup!") == ["ed", "and", "cup"]
     tokenizer.add_words(["a cup", "the cup"])
     again = Tokenizer(io.StringIO(tokenizer.merges_text))

@@ -209,6 +209,8 @@ def test_overlay_cuts_the_padding_away():
     )
     for place, colour in {(60, 2): most, (2, 28): half, (40, 28): none}.items():
         assert drawn.getpixel(place) == pytest.approx(colour, abs=2), place
+    drawn = evaluate.attention_overlay(Image.new("RGB", (80, 40)), weights, 64, brightest=0.4)
+    assert drawn.getpixel((60, 2)) == pytest.approx(half, abs=2)
 
 
 def test_attention_on_the_command_line(monkeypatch, checkpoint, tmp_path, capsys):

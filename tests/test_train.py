@@ -1,6 +1,7 @@
 """train.py and evaluate.py from end to end, in miniature, on a hand-made RefCOCO and a few shapes."""
 
 import argparse
+import io
 import json
 import math
 import os
@@ -132,6 +133,19 @@ def test_a_run_starts_from_a_checkpoint(monkeypatch, finished, refer_root, tmp_p
     )
     line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
     assert command(monkeypatch, train, *line, "--data-root", refer_root) is None
+
+
+def test_a_closed_vocabulary_learns_the_words_of_a_run(monkeypatch, finished, refer_root, tmp_path):
+    """A model that knows "red" alone has seen "one" after training with it."""
+    model = load_checkpoint(finished / "best.pt")
+    _, _, merges = model.tokenizer.merges_text.partition("\n")
+    header = f"# {clip_model.CLOSED_VOCABULARY}red"
+    model.tokenizer = Tokenizer(io.StringIO(f"{header}\n{merges}"))
+    save_checkpoint(tmp_path / "closed.pt", model)
+    assert load_checkpoint(tmp_path / "closed.pt").tokenizer.unseen_words("red one") == ["one"]
+    first_epoch_of(monkeypatch, tmp_path / "closed.pt", refer_root, tmp_path / "run")
+    trained = load_checkpoint(tmp_path / "run/best.pt")
+    assert trained.tokenizer.unseen_words("red one cup") == ["cup"]
 
 
 @pytest.mark.parametrize("name", ["base", "large"])
@@ -285,6 +299,7 @@ def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tm
         ("--dataset refcoco refcoco", "base", 7),
         ("--dataset own", "base", 1),
         ("--dataset shapes --clip small.pt", "shapes", 1),
+        ("--dataset shapes-long --clip small.pt", "shapes-long", 1),
     ],
 )
 def test_presets_by_data_set_and_model(monkeypatch, line, preset, accumulate):
@@ -447,16 +462,21 @@ def test_the_account_counts_every_parameter_once(tokenizer, stage):
     assert rows["CLIP"] == [0, sum(p.numel() for p in tiny_clip().parameters())]
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes-long"])
-def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
-    """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again.
-    The model knows which words it has never seen."""
+def make_shapes_small(monkeypatch):
+    """Few scenes, and a CLIP that is hardly trained."""
     sizes = {"val": 8, "testA": 4, "testB": 4, "test": 4, "train": 16}
     small = {s: info._replace(scenes=sizes[s]) for s, info in data.SHAPES_SPLITS.items()}
     monkeypatch.setattr(data, "SHAPES_SPLITS", small)
     monkeypatch.setattr(data, "LONG_TRAIN", data.LONG_TRAIN._replace(scenes=16))
     monkeypatch.setattr(train, "SHAPES_CLIP_STEPS", 2)
     monkeypatch.setattr(train, "SHAPES_CLIP_BATCH", 8)
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes-long"])
+def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
+    """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again.
+    The model knows which words it has never seen."""
+    make_shapes_small(monkeypatch)
     line = ["--dataset", name, "--data-root", tmp_path / "data", "--epochs", 1]
     line += ["--batch-size", 32, "--device", "cpu", "--output"]
     assert command(monkeypatch, train, *line, tmp_path / "a") is None
@@ -474,6 +494,7 @@ def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
     assert {row["split"] for row in results["results"]} == {"val", "testA", "testB", "test"}
     shutil.rmtree(tmp_path / "data")
     model = load_checkpoint(tmp_path / "a/best.pt")  # stands alone
+    assert model.clip.config.vision_width == {"shapes": 96, "shapes-long": 128}[name]
     picture = Image.new("RGB", (100, 50))
     x1, y1, x2, y2 = evaluate.ground(model, picture, "the small red circle")
     assert 0 <= x1 <= x2 <= 100 and 0 <= y1 <= y2 <= 50
@@ -481,6 +502,28 @@ def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
     line = [tmp_path / "a/best.pt", "--image", tmp_path / "a.png", "--text", "the purple circle"]
     assert command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png") is None
     assert "trained without the words: purple)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_tour_runs(monkeypatch, tmp_path, capsys):
+    """docs/tour.ipynb, opened in docs/ after the first run, cell by cell; its outputs are stored."""
+    make_shapes_small(monkeypatch)
+    line = ["--dataset", "shapes", "--data-root", tmp_path / "data", "--epochs", 1]
+    line += ["--batch-size", 32, "--device", "cpu", "--output", tmp_path / "runs/shapes"]
+    assert command(monkeypatch, train, *line) is None
+    tour = json.loads((Path(train.__file__).parent / "docs/tour.ipynb").read_text())
+    cells = [cell for cell in tour["cells"] if cell["cell_type"] == "code"]
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path / "docs")
+    names = {}
+    try:
+        for cell in cells:
+            exec("".join(cell["source"]), names)
+    finally:
+        torch.set_grad_enabled(True)
+    printed = capsys.readouterr().out
+    assert "stage 2: pairs in use layer 1: [1, 2]" in printed and "['purple']" in printed
+    assert all(cell["outputs"] for cell in cells[1:])  # the first only goes to the folder above
 
 
 def test_photographs_run(monkeypatch, shared, tmp_path, clip_vocabulary):
