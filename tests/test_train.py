@@ -522,7 +522,7 @@ def test_the_tour_runs(monkeypatch, tmp_path, capsys):
     finally:
         torch.set_grad_enabled(True)
     printed = capsys.readouterr().out
-    assert "stage 2: pairs in use layer 1: [1, 2]" in printed and "['purple']" in printed
+    assert "layer 1:  pair 1 frozen, pair 2 trains\n" in printed and "['purple']" in printed
     assert all(cell["outputs"] for cell in cells[1:])  # the first only goes to the folder above
 
 
