@@ -450,7 +450,7 @@ def ground_and_draw(model, image_path, texts, attention, output):
     groundings = ground_texts(model, image, texts)
     for text, grounding in zip(texts, groundings):
         box = " ".join(f"{value:.1f}" for value in grounding.box)
-        print(f"{image_path}: {text}: {box}: score {grounding.score:.2f}")
+        print(f"score {grounding.score:.2f}  {image_path}: {text}: {box}")
         unseen = model.tokenizer.unseen_words(text)
         if unseen:
             print(f"(this model was trained without the words: {', '.join(unseen)})")

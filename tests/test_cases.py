@@ -390,7 +390,7 @@ def test_every_text_has_its_box(monkeypatch, checkpoint, tmp_path, capsys):
     assert command(monkeypatch, evaluate, *line, *texts) is None
     printed = capsys.readouterr().out.splitlines()
     assert [row.split(": ")[1] for row in printed[:3]] == texts and len(printed) == 4
-    assert all(0 <= float(row.split(": score ")[1]) <= 1 for row in printed[:3])
+    assert all(0 <= float(row.split()[1]) <= 1 for row in printed[:3])  # score 0.93 ...
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
     assert drawn.shape == (400, 500, 3)
     for colour in evaluate.COLOURS[:3]:
