@@ -277,7 +277,8 @@ class Tokenizer:
                     self.merges_text = file.read()
                 merges = parse_merges(self.merges_text)
         header = self.merges_text.partition("\n")[0]
-        self.closed_words = set(header.partition(CLOSED_VOCABULARY)[2].split())
+        _, _, listed = header.partition(CLOSED_VOCABULARY)
+        self.closed_words = set(listed.split())  # none in CLIP's own vocabulary
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())

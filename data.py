@@ -423,7 +423,7 @@ class DatasetInfo(NamedTuple):
     web_archive: int = 0  # time stamp of the web archive's copy of refer's files
 
 
-SHAPES_SETS = ("shapes", "shapes-long")  # they are generated
+SHAPES_SETS = ("shapes", "shapes-long")  # generated; they differ in train alone
 REFCOCO_SPLITS = ("train", "val", "testA", "testB")
 # fmt: off
 DATASETS = {
@@ -1232,9 +1232,9 @@ def make_scene(job):
 
 
 def generate_shapes(folder, splits):
-    """Write a shapes data set into a folder that does not exist yet, in RefCOCO's layout:
-    instances.json, refs(unc).p and images/; besides captions.json, {file name: captions} of the
-    train scenes, and bpe_vocab.txt.gz, a closed vocabulary in the format of CLIP's.
+    """Write a shapes data set, {split: ShapesSplit}, into a folder that does not exist yet, in
+    RefCOCO's layout: instances.json, refs(unc).p and images/; besides captions.json, {file name:
+    captions} of the train scenes, and bpe_vocab.txt.gz, a closed vocabulary in the format of CLIP's.
     """
     (folder / "images").mkdir(parents=True)
     images, annotations, refs, captions, words = [], [], [], {}, set()

@@ -63,9 +63,9 @@ def ground(model, image, text):
 class Grounding(NamedTuple):
     """What `ground_texts` gives for a text."""
 
-    box: tuple  # x1, y1, x2, y2 in its pixels
+    box: tuple  # x1, y1, x2, y2 in the image's pixels
     score: float  # see HiVGOutput.scores
-    region_map: torch.Tensor  # [g, g], see HiVGOutput.region_map; g patches a side of the square
+    region_map: torch.Tensor  # [g, g], g patches a side of the square: see HiVGOutput.region_map
 
 
 def ground_texts(model, image, texts):
@@ -121,7 +121,8 @@ def open_split(model, names, split, data_root, **options):
 @torch.inference_mode()
 def predict(model, dataset, batch_size=64, workers=0, bf16=False, with_scores=False):
     """The boxes of a whole dataset in its order: (predicted, true), [len(dataset), 4] each, as cx,
-    cy, w, h of the square; with_scores: (predicted, true, scores), scores [len(dataset)].
+    cy, w, h of the square; with_scores: (predicted, true, scores), scores [len(dataset)], which
+    takes longer.
 
     Of several processes each predicts its share, every sample once, and all get the whole.
     """
@@ -238,7 +239,8 @@ def evaluate_splits(
     a contact sheet for each split and results_NAME.json, or results_NAME_SPLIT.json for the splits
     that were asked for. annotations: {name: what data.read_annotations gives}, if they are read.
 
-    Returns (GroundingDataset, *what `predict` gives) for each split.
+    with_scores: as for `predict`. Returns a tuple for each split: the GroundingDataset, and after it
+    what `predict` gives.
     """
     if annotations is None:
         annotations = {name: data.read_annotations(name, data_root, splits)}
@@ -251,8 +253,7 @@ def evaluate_splits(
     datasets = [open_split(model, name, s, data_root, annotations=annotations) for s in splits]
     rows, evaluated = [], []
     for dataset in datasets:
-        options = {"workers": workers, "bf16": bf16, "with_scores": with_scores}
-        predictions = predict(model, dataset, **options)
+        predictions = predict(model, dataset, workers=workers, bf16=bf16, with_scores=with_scores)
         predicted, true = predictions[:2]
         rows.append(summary(dataset, predicted, true))
         evaluated.append((dataset, *predictions))
@@ -429,9 +430,9 @@ def attention_overlay(image, weights, side, brightest=None):
     """A PIL image, grey, under the colours of a map: weights [g, g] over its padded square of `side`
     pixels. brightest: the weight with the brightest colour, None for the largest there is."""
     geometry = data.letterbox((0, 0, *image.size), side)
-    x, y, width, height = geometry.inner
+    left, top, width, height = geometry.inner
     patch = side // len(weights)
-    heat = np.kron(weights, np.ones((patch, patch)))[y : y + height, x : x + width]
+    heat = np.kron(weights, np.ones((patch, patch)))[top : top + height, left : left + width]
     if brightest is None:
         brightest = heat.max()
     heat = Image.fromarray((255 * heat / brightest).astype(np.uint8))
@@ -441,9 +442,24 @@ def attention_overlay(image, weights, side, brightest=None):
     return Image.blend(grey, heat, 0.6)
 
 
+def attention_sheet(model, image, texts, groundings):
+    """One PIL image with a row of panels for each text: the box, the region map (yellow is 1) and
+    the maps of attention (yellow is the largest weight)."""
+    S, panels = model.config.image_size, []
+    for text, grounding in zip(texts, groundings):
+        with_box = image.copy()
+        draw_box(with_box, grounding.box, FOUND_COLOUR)
+        panels.append((with_box, f"score {grounding.score:.2f}: {text}"))
+        regions = attention_overlay(image, grounding.region_map, S, brightest=1)
+        panels.append((regions, "region map"))
+        for name, weights in attention_maps(model, image, text).items():
+            panels.append((attention_overlay(image, weights, S), name))
+    return image_grid(panels, columns=len(panels) // len(texts))
+
+
 def ground_and_draw(model, image_path, texts, attention, output):
     """Find texts in an image file, print boxes and scores and draw them, all into one image;
-    attention: a row of panels for each text, with the region map and the maps of attention."""
+    attention: as an attention_sheet."""
     output = output or Path(image_path).stem + ("_attention.png" if attention else "_found.png")
     check_no_input(output, image_path)
     image = data.load_image(image_path)
@@ -457,17 +473,7 @@ def ground_and_draw(model, image_path, texts, attention, output):
     if len(texts) > 1 and not any(" " in text for text in texts):
         print(f"(these are {len(texts)} expressions; quotes keep the words of one together)")
     if attention:
-        panels = []
-        S = model.config.image_size
-        for text, grounding in zip(texts, groundings):
-            with_box = image.copy()
-            draw_box(with_box, grounding.box, FOUND_COLOUR)
-            panels.append((with_box, f"score {grounding.score:.2f}: {text}"))
-            regions = attention_overlay(image, grounding.region_map, S, brightest=1)
-            panels.append((regions, "region map"))
-            for name, weights in attention_maps(model, image, text).items():
-                panels.append((attention_overlay(image, weights, S), name))
-        drawing = image_grid(panels, columns=len(panels) // len(texts))
+        drawing = attention_sheet(model, image, texts, groundings)
     else:
         drawing = draw_groundings(image, groundings, texts)
     save_image(drawing, output)
@@ -790,11 +796,21 @@ def evaluate_data_sets(model, args):
     lines = []
     for name in annotations:
         workers = data.default_workers([name]) if args.workers is None else args.workers
-        where = args.split, args.data_root, output, workers, args.bf16, annotations
-        where += (bool(args.save_boxes),)
-        for evaluated in evaluate_splits(model, args.checkpoint, name, *where):
-            if args.save_boxes and process_rank() == 0:
-                lines += box_lines(name, *evaluated)
+        evaluated = evaluate_splits(
+            model,
+            args.checkpoint,
+            name,
+            args.split,
+            args.data_root,
+            output,
+            workers=workers,
+            bf16=args.bf16,
+            annotations=annotations,
+            with_scores=bool(args.save_boxes),
+        )
+        if args.save_boxes and process_rank() == 0:
+            for dataset, predicted, true, scores in evaluated:
+                lines += box_lines(name, dataset, predicted, true, scores)
     if args.save_boxes and process_rank() == 0:
         write_text(args.save_boxes, "".join(lines))
         print(f"boxes written to {args.save_boxes}")
