@@ -59,17 +59,19 @@ class Preset:
     batch_sizes: tuple  # of one process
     without_bridges: int = 0  # epochs before the warm-up, without bridges, at the warm-up's rate
     betas: tuple = (0.9, 0.999)  # of AdamW
-    hold: float = 0.0  # share of a stage's steps before the learning rate falls
+    # shares of the steps before the learning rate falls: without bridges, and in all other stages
+    hold: tuple = (0.0, 0.0)
     parts: int = 1  # an epoch is this part of the train split; so many go through all of it
     config: HiVGConfig = field(default_factory=HiVGConfig)  # sizes of the model
 
 
 SHAPES = Preset(  # docs/shapes-notes.md says why
-    epochs=(12, 1, 1, 1),
-    learning_rates=(1.5e-3, 6e-4, 5e-4, 4e-4),
-    batch_sizes=(32, 32, 32, 32),
+    epochs=(6, 1, 1, 1),
+    learning_rates=(2e-3, 6e-4, 5e-4, 4e-4),
+    batch_sizes=(64, 64, 64, 64),
+    without_bridges=9,
     betas=(0.9, 0.98),
-    hold=0.6,
+    hold=(1.0, 0.2),
     parts=6,
     config=HiVGConfig(
         bridge_layers=(3,),
@@ -93,8 +95,10 @@ PRESETS = {  # for a data set and size of CLIP, else for a size alone
     "shapes": SHAPES,
     "shapes-long": replace(
         SHAPES,
+        epochs=(12, 1, 1, 1),
         learning_rates=(1e-3, 4e-4, 3e-4, 2e-4),
-        batch_sizes=(64, 64, 64, 64),
+        without_bridges=0,
+        hold=(0.0, 0.6),
         config=replace(SHAPES.config, feedforward=256, region_width=256),
     ),
 }
@@ -111,9 +115,11 @@ def learning_rate(step, steps, top, hold=0.0):
     top min(1, (s + 1) / w) (1 + cos(pi f)) / 2,   w = min(200, 1 + S / 10)
 
     f rises from 0 to 1 in the steps hold S ... S: the cosine begins after a share `hold` of them.
+    With hold = 1 the rate stays at its top.
     """
     rise = min(1, (step + 1) / min(RISING_STEPS, 1 + steps / 10))
-    fall = max(0, (step / steps - hold) / (1 - hold))
+    falling = max(0, step - hold * steps)
+    fall = falling / max(1, steps - hold * steps)
     return top * rise * (1 + math.cos(math.pi * fall)) / 2
 
 
@@ -162,7 +168,8 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
     train_set.set_epoch(*numbers)
     per_step = settings.accumulate * world_size()  # batches of a step
     batch_size = stage_value(settings.batch_size, stage)
-    hold, parts = PRESETS[settings.preset].hold, PRESETS[settings.preset].parts
+    parts = PRESETS[settings.preset].parts
+    hold = PRESETS[settings.preset].hold[0 if stage < 0 else 1]
     batch_size = min(batch_size, len(train_set) // (per_step * parts))  # tiny data get one step
     order = settings.seed, 1 + stage, epoch // parts
     batches = data.epoch_batches(order, len(train_set), batch_size, per_step * parts)

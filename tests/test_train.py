@@ -382,12 +382,15 @@ def test_the_learning_rate(monkeypatch):
 
 
 def test_a_rate_that_is_held():
-    """With hold=0.6 it stays at its top for 60 % of the steps, then falls to almost 0."""
+    """With hold=0.6 it stays at its top for 60 % of the steps, then falls to almost 0; with hold=1
+    it never falls."""
     steps = 10 * train.RISING_STEPS
     rates = [train.learning_rate(step, steps, 2.0, hold=0.6) for step in range(steps)]
     assert set(rates[train.RISING_STEPS : steps * 6 // 10]) == {2.0}
     assert rates[steps * 6 // 10 :] == sorted(rates[steps * 6 // 10 :], reverse=True)
     assert rates[steps * 8 // 10] == pytest.approx(1.0, abs=0.01) and 0 <= rates[-1] < 1e-4
+    rates = [train.learning_rate(step, steps, 2.0, hold=1.0) for step in range(steps)]
+    assert set(rates[train.RISING_STEPS :]) == {2.0}
 
 
 def test_the_minutes_that_remain(monkeypatch):
