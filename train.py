@@ -59,8 +59,8 @@ class Preset:
     batch_sizes: tuple  # of one process
     without_bridges: int = 0  # epochs before the warm-up, without bridges, at the warm-up's rate
     betas: tuple = (0.9, 0.999)  # of AdamW
-    # shares of the steps before the learning rate falls: without bridges, and in all other stages
-    hold: tuple = (0.0, 0.0)
+    hold: float = 0.0  # share of a stage's steps before the learning rate falls
+    hold_without_bridges: float = 0.0  # the same for the epochs without bridges
     parts: int = 1  # an epoch is this part of the train split; so many go through all of it
     config: HiVGConfig = field(default_factory=HiVGConfig)  # sizes of the model
 
@@ -71,7 +71,8 @@ SHAPES = Preset(  # docs/shapes-notes.md says why
     batch_sizes=(64, 64, 64, 64),
     without_bridges=9,
     betas=(0.9, 0.98),
-    hold=(1.0, 0.2),
+    hold=0.2,
+    hold_without_bridges=1.0,
     parts=6,
     config=HiVGConfig(
         bridge_layers=(3,),
@@ -98,7 +99,7 @@ PRESETS = {  # for a data set and size of CLIP, else for a size alone
         epochs=(12, 1, 1, 1),
         learning_rates=(1e-3, 4e-4, 3e-4, 2e-4),
         without_bridges=0,
-        hold=(0.0, 0.6),
+        hold=0.6,
         config=replace(SHAPES.config, feedforward=256, region_width=256),
     ),
 }
@@ -168,8 +169,10 @@ def train_epoch(model, train_set, stage, epoch, optimizer, scaler, settings, dty
     train_set.set_epoch(*numbers)
     per_step = settings.accumulate * world_size()  # batches of a step
     batch_size = stage_value(settings.batch_size, stage)
-    parts = PRESETS[settings.preset].parts
-    hold = PRESETS[settings.preset].hold[0 if stage < 0 else 1]
+    preset = PRESETS[settings.preset]
+    hold, parts = preset.hold, preset.parts
+    if stage < 0:
+        hold = preset.hold_without_bridges
     batch_size = min(batch_size, len(train_set) // (per_step * parts))  # tiny data get one step
     order = settings.seed, 1 + stage, epoch // parts
     batches = data.epoch_batches(order, len(train_set), batch_size, per_step * parts)
