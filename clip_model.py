@@ -341,14 +341,15 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             texts = [texts]
-        tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
-        for row, text in zip(tokens, texts):
+        rows = []
+        for text in texts:
             ids = [self.ids[START], *self.encode(text)]
             ids = ids[: context_length - 1] + [self.ids[END]]
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+            rows.append(ids + [0] * (context_length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long).view(-1, context_length)
 
 
+@functools.lru_cache(maxsize=2**17)
 def clean_text(text):
     """Encodings and HTML entities mended, one blank between words, lower case."""
     text = ftfy.fix_text(text[:MAX_CHARACTERS])
