@@ -346,10 +346,10 @@ class Tokenizer:
             ids = [self.ids[START], *self.encode(text)]
             ids = ids[: context_length - 1] + [self.ids[END]]
             rows.append(ids + [0] * (context_length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).view(-1, context_length)
+        return torch.tensor(rows, dtype=torch.long).view(len(texts), context_length)
 
 
-@functools.lru_cache(maxsize=2**17)
+@functools.lru_cache(maxsize=2**17)  # training reads the same texts in every epoch
 def clean_text(text):
     """Encodings and HTML entities mended, one blank between words, lower case."""
     text = ftfy.fix_text(text[:MAX_CHARACTERS])
