@@ -206,9 +206,12 @@ class CLIP(nn.Module):
         return self.project_text(state[torch.arange(len(tokens)), end])
 
     def forward(self, images, tokens):
-        """Cosines times the logit scale: images [B, 3, S, S], tokens of M texts [M, T] -> [B, M]."""
-        image = F.normalize(self.encode_image(images), dim=-1)
-        text = F.normalize(self.encode_text(tokens), dim=-1)
+        """Logits of every image with every text: [B, 3, S, S], tokens of M texts [M, T] -> [B, M]."""
+        return self.similarity(self.encode_image(images), self.encode_text(tokens))
+
+    def similarity(self, image, text):
+        """Cosines times the logit scale: vectors [B, D] and [M, D] -> [B, M]."""
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         return self.logit_scale.exp() * image @ text.T
 
     def resize_positional_embedding(self, image_size):

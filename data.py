@@ -318,11 +318,11 @@ def collate(items):
     return batch
 
 
-def trim_to_longest(tokens, multiple=4):
-    """Tokens [B, 77] -> [B, T]: T is the length of the longest text, rounded up to a multiple (a
-    CPU builds its kernels anew for each new T). The end token is a row's largest id."""
+def trim_to_longest(tokens):
+    """Tokens [B, 77] -> [B, T]: T is the length of the longest text. The end token is a row's
+    largest id."""
     longest = int(tokens.argmax(dim=1).max()) + 1
-    return tokens[:, : math.ceil(longest / multiple) * multiple]
+    return tokens[:, :longest]
 
 
 def read_batches(dataset, batches, workers=0, pin_memory=False):

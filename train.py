@@ -585,9 +585,12 @@ def train_shapes_clip(path, config, seed, device, pace):
     bar = tqdm(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions")
     for step in bar:
         batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
-        texts = [str(rng.choice(captions[name])) for name in batch]
-        tokens = data.trim_to_longest(tokenizer(texts)).to(device)
-        logits = clip(read_scenes(batch), tokens)  # [batch, batch]
+        tokens = tokenizer([str(rng.choice(captions[name])) for name in batch])
+        order = tokens.argmax(dim=1).argsort()  # the short captions first, to pad them less
+        texts = []
+        for half in tokens[order].chunk(2):
+            texts.append(clip.encode_text(data.trim_to_longest(half).to(device)))
+        logits = clip.similarity(clip.encode_image(read_scenes(batch[order])), torch.cat(texts))
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
