@@ -206,11 +206,11 @@ class CLIP(nn.Module):
         return self.project_text(state[torch.arange(len(tokens)), end])
 
     def forward(self, images, tokens):
-        """Logits of every image with every text: [B, 3, S, S], tokens of M texts [M, T] -> [B, M]."""
+        """`similarity` of images [B, 3, S, S] and texts, tokens [M, T]: -> [B, M]."""
         return self.similarity(self.encode_image(images), self.encode_text(tokens))
 
     def similarity(self, image, text):
-        """Cosines times the logit scale: vectors [B, D] and [M, D] -> [B, M]."""
+        """Cosines times the logit scale: vectors of any length [B, D], [M, D] -> logits [B, M]."""
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
         return self.logit_scale.exp() * image @ text.T
 

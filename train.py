@@ -61,7 +61,7 @@ class Preset:
     betas: tuple = (0.9, 0.999)  # of AdamW
     hold: float = 0.0  # share of a stage's steps before the learning rate falls
     hold_without_bridges: float = 0.0  # the same for the epochs without bridges
-    parts: int = 1  # an epoch is this part of the train split; so many go through all of it
+    parts: int = 1  # an epoch is 1 / parts of the train split; so many go through all of it
     config: HiVGConfig = field(default_factory=HiVGConfig)  # sizes of the model
 
 
@@ -85,7 +85,7 @@ SHAPES = Preset(  # docs/shapes-notes.md says why
     ),
 )
 RATES, MIXTURE_RATES = (2.5e-4, 1e-4, 5e-5, 2.5e-5), (2.5e-4, 1e-4, 5e-5, 2e-5)
-PRESETS = {  # for a data set and size of CLIP, else for a size alone
+PRESETS = {  # looked up by data set, then by size of CLIP and data set, then by size
     "base": Preset((60, 20, 20, 20), RATES, (80, 60, 60, 40)),
     "base-flickr30k": Preset((30, 5, 5, 5), RATES, (80, 60, 60, 40)),
     "base-mixture": Preset((60, 20, 20, 20), MIXTURE_RATES, (64, 64, 64, 64)),
@@ -96,11 +96,11 @@ PRESETS = {  # for a data set and size of CLIP, else for a size alone
     "shapes": SHAPES,
     "shapes-long": replace(
         SHAPES,
-        epochs=(12, 1, 1, 1),
+        epochs=(7, 1, 1, 1),
         learning_rates=(1e-3, 4e-4, 3e-4, 2e-4),
-        without_bridges=0,
-        hold=0.6,
-        config=replace(SHAPES.config, feedforward=256, region_width=256),
+        without_bridges=13,
+        parts=12,
+        config=replace(SHAPES.config, grounding_layers=6, feedforward=256, region_width=256),
     ),
 }
 AUTHORS_GPUS = 7  # the batches of their presets are those of each GPU
@@ -225,7 +225,7 @@ def train(model, train_set, val_set, settings, device, log, optimizer_state, sca
     first_stage = min(stage_epochs(settings))
     if device.type == "cpu":
         # In spite of its name this is for CPUs as well. With few tokens and small heads, as on
-        # shapes, their fused attention takes twice as long as plain products.
+        # shapes, their fused attention takes twice as long as plain products (with AVX2).
         torch.backends.cuda.enable_flash_sdp(False)
     for stage, epochs in stage_epochs(settings).items():
         if log and log[-1]["stage"] > stage:
@@ -549,7 +549,7 @@ SHAPES_CLIP = CLIPConfig(
 )
 LONG_CLIP = replace(SHAPES_CLIP, vision_width=128, text_width=128, embed_dim=128)  # shapes-long
 SHAPES_CLIP_STEPS, SHAPES_CLIP_BATCH, SHAPES_CLIP_RATE = 1000, 64, 1.5e-3
-CLIP_WORK = 0.75  # time of a scene and its caption here, in trained expressions (see Pace)
+CLIP_WORK = 0.85  # time of a scene and its caption here, in trained expressions (see Pace)
 
 
 def train_shapes_clip(path, config, seed, device, pace):
@@ -566,7 +566,7 @@ def train_shapes_clip(path, config, seed, device, pace):
     names = np.array(list(captions))
     S = config.image_size
 
-    @functools.cache  # a scene of shapes comes up about three times
+    @functools.cache  # a scene comes up more than once
     def read_scene(name):
         square, _ = data.preprocess(data.load_image(folder / "images" / name), S)
         return square  # uint8 [3, S, S]
@@ -586,11 +586,14 @@ def train_shapes_clip(path, config, seed, device, pace):
     for step in bar:
         batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
         tokens = tokenizer([str(rng.choice(captions[name])) for name in batch])
-        order = tokens.argmax(dim=1).argsort()  # the short captions first, to pad them less
+        # The shorter half of the captions is read apart from the longer one, to pad it less.
+        order = tokens.argmax(dim=1).argsort()  # by the place of the end token
         texts = []
         for half in tokens[order].chunk(2):
             texts.append(clip.encode_text(data.trim_to_longest(half).to(device)))
-        logits = clip.similarity(clip.encode_image(read_scenes(batch[order])), torch.cat(texts))
+        logits = clip.similarity(
+            clip.encode_image(read_scenes(batch[order.numpy()])), torch.cat(texts)
+        )
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
@@ -609,7 +612,8 @@ def init_patches_by_pca(visual, images):
     `images` [n, 3, S, S], each scaled to variance 1, and freeze it.
 
     So edges count as much as colour; a patch embedding that is learned in so few steps sees colours
-    and hardly any kinds. Positions start as sines and cosines.
+    and hardly any kinds. Sines and cosines of the place are added to the positions, and what an
+    average patch gives is taken off them.
     """
     width, _, patch, _ = visual.conv1.weight.shape
     patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
@@ -709,7 +713,7 @@ PARAMETER_GROUPS = {  # by the names of parameters: the first pattern that match
     "CLIP": r"^clip\.",
     "bridges": r"^(bridges|mixed_proj)\.",
     "heads": r"^(box_head|region)",
-    "grounding encoder": "",
+    "grounding encoder": "",  # and the projections before it
 }
 
 
