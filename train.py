@@ -591,9 +591,8 @@ def train_shapes_clip(path, config, seed, device, pace):
         texts = []
         for half in tokens[order].chunk(2):
             texts.append(clip.encode_text(data.trim_to_longest(half).to(device)))
-        logits = clip.similarity(
-            clip.encode_image(read_scenes(batch[order.numpy()])), torch.cat(texts)
-        )
+        images = read_scenes(batch[order.numpy()])
+        logits = clip.similarity(clip.encode_image(images), torch.cat(texts))  # [batch, batch]
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
