@@ -2,13 +2,13 @@
 
     python tests/benchmark.py                        # ViT-B/16, batches of 8, float32 on a CPU
     python tests/benchmark.py --clip ViT-L/14 --batch-size 32 --checkpointing --compile
-    python tests/benchmark.py --ratios               # against the bare CLIP image encoder, CPU
-    python tests/benchmark.py --memory               # what a training step takes, counted
+    python tests/benchmark.py --ratios               # against CLIP's bare image encoder and PIL, CPU
+    python tests/benchmark.py --memory               # what a training step takes, counted on a CPU
 
-The table has a training step of stage 3, inference, and reading; after it stand the hours that the
-steps of RefCOCO's schedule take at that speed. MFU is the share of what a large matrix product
-reaches on the same device. Ratios are of medians, the two sides measured in turn. Weights and
-images are random.
+The table has a training step of stage 3, inference, and reading; after it stand the hours that
+RefCOCO's schedule would take if all its steps ran at that speed. MFU is the share of what a large
+matrix product reaches on the same device. Ratios are of medians, the two sides measured in turn.
+Weights and images are random.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def print_table(args):
     evaluate.print_benchmark(rows, peak)
     steps = sum(train.PRESETS["base"].epochs) * data.DATASETS["refcoco"].published[0]
     hours = steps / rows[0][3] / 3600
-    print(f"at this speed the steps of RefCOCO's whole schedule take {hours:,.1f} hours")
+    print(f"if all steps ran at this speed, RefCOCO's schedule would take {hours:,.1f} hours")
 
 
 def print_ratios(rounds):

@@ -21,6 +21,7 @@ from clip_model import CLIP, CLIPConfig, Tokenizer, save_clip
 from hivg import HiVG, HiVGConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs are repeated exactly, which a CPU alone promises
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
