@@ -96,9 +96,10 @@ PRESETS = {  # looked up by data set, then by size of CLIP and data set, then by
     "shapes": SHAPES,
     "shapes-long": replace(
         SHAPES,
-        epochs=(7, 1, 1, 1),
-        learning_rates=(1e-3, 4e-4, 3e-4, 2e-4),
-        without_bridges=13,
+        epochs=(16, 1, 1, 1),
+        learning_rates=(1.4e-3, 6e-4, 4e-4, 3e-4),
+        batch_sizes=(128, 128, 128, 128),
+        without_bridges=20,
         parts=12,
         config=replace(SHAPES.config, grounding_layers=6, feedforward=256, region_width=256),
     ),
@@ -555,8 +556,8 @@ CLIP_WORK = 0.85  # time of a scene and its caption here, in trained expressions
 def train_shapes_clip(path, config, seed, device, pace):
     """Train a small CLIP on a shapes data set, whose folder is that of `path`, and write it there.
 
-    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. It
-    therefore knows scenes better than regions, the gap that the paper starts from (Fig. 1).
+    Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. That
+    is the gap between scenes and regions that the paper starts from (Fig. 1).
     """
     folder = path.parent
     torch.manual_seed(seed)
