@@ -6,12 +6,11 @@
 
 Reading order: attention, Block (one pre-norm transformer block), VisionTransformer and CLIP (the
 towers; parameters have the names of OpenAI's files), Tokenizer (byte-pair encoding), load_clip with
-the names of other formats, the file formats, and last errors, atomic writing and download. hivg.py
-walks through the blocks of these towers itself.
+the names of other formats, the file formats, and last errors, atomic writing and the cache.
 
 Letters: B samples, N patches of an image, T text tokens, K tokens of either kind, d width of a
 tower, D joint width, S image side and P patch side in pixels. This file can be copied into another
-project as it is (MIT); it needs torch, ftfy, regex and tqdm.
+project as it is (MIT); it needs torch, ftfy and regex.
 """
 
 import math
@@ -23,9 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # isort: split
-# imports of the sections below the towers: tokenizer, weights, file formats, errors, download
+# imports of the sections below the towers: tokenizer, weights, file formats, errors, cache
 import functools
-import glob
 import gzip
 import hashlib
 import html
@@ -36,20 +34,16 @@ import os
 import pickle
 import re
 import secrets
+import socket
 import struct
 import sys
-import time
-import unicodedata
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import ftfy
 import regex
-from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------- towers
 
@@ -61,18 +55,17 @@ def attention(q, k, v, heads, mask=None, causal=False, dropout=0.0):
     causal: query i attends to keys 1 ... i. dropout: probability, of the softmax.
     Returns [B, Nq, d].
     """
-    q = q.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, Nq, d / heads]
-    k = k.unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, Nk, d / heads]
-    v = v.unflatten(-1, (heads, -1)).transpose(1, 2)
+    # q [B, heads, Nq, d / heads], k and v [B, heads, Nk, d / heads]
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
     return out.transpose(1, 2).flatten(2)  # [B, Nq, d]
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x): CLIP's approximation of GELU."""
+    """x sigmoid(1.702 x), CLIP's approximation of GELU, as silu(1.702 x) / 1.702: fewer kernels."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702
 
 
 class Attention(nn.Module):
@@ -90,7 +83,11 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x = x + SelfAttention(LN_1(x));  x = x + MLP(LN_2(x))."""
+    """x = x + SelfAttention(LN_1(x));  x = x + MLP(LN_2(x)).
+
+    hivg.py does not call an image block as a whole: there a bridge may stand between the two lines
+    (`bridged_block`).
+    """
 
     def __init__(self, width, heads):
         super().__init__()
@@ -107,7 +104,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower; heads are 64 wide."""
+    """Holds the blocks of a tower, whose heads are 64 wide; the towers loop over them."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -133,7 +130,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images):
         """images [B, 3, S, S] -> tokens before the first block [B, 1 + N, d], [CLS] first."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # [B, N, d]
-        cls = self.class_embedding.expand(len(images), 1, -1)  # [B, 1, d]
+        cls = self.class_embedding.expand(images.shape[0], 1, -1)  # [B, 1, d]
         return self.ln_pre(torch.cat([cls, patches], dim=1) + self.positional_embedding)
 
     def project(self, x):
@@ -191,9 +188,9 @@ class CLIP(nn.Module):
             states.append(x)
         return states
 
-    def project_text(self, state):
+    def project_text(self, hidden):
         """The last block's output [..., d] -> the joint space [..., D]."""
-        return self.ln_final(state) @ self.text_projection
+        return self.ln_final(hidden) @ self.text_projection
 
     def encode_image(self, images):
         """images [B, 3, S, S], normalised -> image vectors [B, D], not normalised."""
@@ -201,17 +198,13 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens):
         """tokens [B, T] -> text vectors [B, D] at the end token, not normalised."""
-        state = self.text_hidden_states(tokens)[-1]  # [B, T, d]
-        end = tokens.argmax(dim=1)  # the end token has the largest id
-        return self.project_text(state[torch.arange(len(tokens)), end])
+        hidden = self.text_hidden_states(tokens)[-1]  # [B, T, d]
+        return self.project_text(at(hidden, end_of_text(tokens)))
 
     def forward(self, images, tokens):
-        """`similarity` of images [B, 3, S, S] and texts, tokens [M, T]: -> [B, M]."""
-        return self.similarity(self.encode_image(images), self.encode_text(tokens))
-
-    def similarity(self, image, text):
-        """Cosines times the logit scale: vectors of any length [B, D], [M, D] -> logits [B, M]."""
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+        """Cosines times the logit scale: images [B, 3, S, S] and texts, tokens [M, T] -> [B, M]."""
+        image = F.normalize(self.encode_image(images), dim=-1)
+        text = F.normalize(self.encode_text(tokens), dim=-1)
         return self.logit_scale.exp() * image @ text.T
 
     def resize_positional_embedding(self, image_size):
@@ -227,10 +220,20 @@ class CLIP(nn.Module):
         old, new = self.config.image_size // patch, image_size // patch
         cls, grid = self.visual.positional_embedding.data.split([1, old * old])
         grid = grid.T.reshape(1, -1, old, old)  # [1, d, old, old]
-        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+        grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
         grid = grid.flatten(2)[0].T  # [new * new, d]
         self.visual.positional_embedding = nn.Parameter(torch.cat([cls, grid]))
         self.config.image_size = image_size
+
+
+def end_of_text(tokens):
+    """[B, T] -> [B]: the position of the end token, which has the largest id."""
+    return tokens.argmax(dim=1)
+
+
+def at(x, positions):
+    """x [B, T, d] -> [B, d] at the positions [B]."""
+    return x[torch.arange(x.shape[0], device=x.device), positions]
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -240,10 +243,7 @@ WORD_PATTERN = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # fillers, which are shown as nothing
-MAX_CHARACTERS = 10_000  # of a text; 77 tokens hold far less
 MAX_MERGES = 49152 - 256 - 2  # CLIP's file holds more than CLIP uses
-CLOSED_VOCABULARY = "closed vocabulary: "  # in a header: the words follow
 
 
 def bytes_to_unicode():
@@ -254,88 +254,76 @@ def bytes_to_unicode():
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    symbols = {byte: chr(byte) for byte in printable}
-    symbols.update({byte: chr(256 + number) for number, byte in enumerate(others)})
-    return symbols
+    codes = [*printable, *range(256, 324)]  # there are 68 others
+    return {byte: chr(code) for byte, code in zip(printable + others, codes)}
 
 
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
     merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
-    or an open text file. A header with CLOSED_VOCABULARY lists all words of the training texts. The
-    ids are: 256 symbols, the same 256 at the end of a word, one for each
-    merge, the start token, the end token. Raises HiVGError if a path cannot be read, ValueError for
-    an open file with a line that is not two symbols.
+    or its text. The ids are: 256 symbols, the same 256 at the end of a word, one for each merge, the
+    start token, the end token. Raises HiVGError for what cannot be read.
     """
 
     def __init__(self, merges_file):
-        if isinstance(merges_file, io.TextIOBase):
-            self.merges_text = merges_file.read()  # checkpoints contain it
-            merges = parse_merges(self.merges_text)
-        else:
+        self.merges_text = str(merges_file)  # checkpoints contain it
+        if "\n" not in self.merges_text:  # a path
             with user_error(f"The vocabulary {merges_file} cannot be read", "download it again"):
-                opener = gzip.open if str(merges_file).endswith(".gz") else open
+                opener = gzip.open if self.merges_text.endswith(".gz") else open
                 with opener(merges_file, "rt", encoding="utf-8") as file:
                     self.merges_text = file.read()
-                merges = parse_merges(self.merges_text)
-        header = self.merges_text.partition("\n")[0]
-        _, _, listed = header.partition(CLOSED_VOCABULARY)
-        self.closed_words = set(listed.split())  # none in CLIP's own vocabulary
+        lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
+        merges = [tuple(line.split()) for line in lines]
+        if any(len(merge) != 2 for merge in merges):
+            raise HiVGError(
+                f"{str(merges_file)[:200]} is no vocabulary, it has lines that are not two symbols: download it again."
+            )
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())
-        vocabulary = symbols + [symbol + "</w>" for symbol in symbols]
-        vocabulary += [first + second for first, second in merges] + [START, END]
-        self.ids = {symbol: number for number, symbol in enumerate(vocabulary)}
-        self.symbols = vocabulary
-        self.vocab_size = len(vocabulary)
+        symbols += [symbol + "</w>" for symbol in symbols]
+        symbols += ["".join(merge) for merge in merges] + [START, END]
+        self.ids = {symbol: number for number, symbol in enumerate(symbols)}
+        self.vocab_size = len(symbols)
         self.cache = {START: [self.ids[START]], END: [self.ids[END]]}  # word -> its ids
 
     def bpe(self, word):
-        """The symbols of one word. The neighbouring pair of lowest rank is merged first, until no
-        pair has a rank: "cups" -> "c u p s</w>" -> "cu p s</w>" -> "cup s</w>" -> "cups</w>"."""
+        """The symbols of one word, a str or a list of characters. The neighbouring pair of lowest
+        rank is merged first, until no pair has a rank: "cups" -> "c u p s</w>" -> "cu p s</w>" ->
+        "cup s</w>" -> "cups</w>"."""
         parts = [*word[:-1], word[-1] + "</w>"]
-        while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:]))
-            best = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf))
-            if best not in self.ranks:
-                break
-            parts = merge_pair(parts, best)
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in self.ranks]:
+            parts = merge_pair(parts, min(pairs, key=self.ranks.get))
         return parts
+
+    def encode_word(self, word):
+        """The ids of one word."""
+        if word not in self.cache:
+            symbols = [self.byte_symbols[byte] for byte in word.encode("utf-8", "replace")]
+            self.cache[word] = [self.ids[part] for part in self.bpe(symbols)]
+        return self.cache[word]
 
     def encode(self, text):
         """The ids of a text without start and end token. Only 10,000 characters are read."""
-        ids = []
-        for word in WORD_PATTERN.findall(clean_text(text)):
-            if word not in self.cache:
-                symbols = [self.byte_symbols[byte] for byte in word.encode("utf-8", "replace")]
-                self.cache[word] = [self.ids[part] for part in self.bpe("".join(symbols))]
-            ids += self.cache[word]
-        return ids
+        return [number for word in split_words(text) for number in self.encode_word(word)]
+
+    def unread_words(self, text, context_length=77):
+        """The words of a text that do not fit between start and end token any more."""
+        words, tokens = split_words(text), 2
+        for number, word in enumerate(words):
+            tokens += len(self.encode_word(word))
+            if tokens > context_length:
+                return words[number:]
+        return []
 
     def unseen_words(self, text):
-        """The words of a text that a closed vocabulary does not list, each once: they did not occur
-        in training. [] with CLIP's vocabulary."""
-        if not self.closed_words:
+        """The words of a text, each once, that are no single symbol of a small vocabulary, which
+        has one for every word of its training texts. [] with CLIP's vocabulary."""
+        if self.vocab_size > MAX_MERGES:
             return []
-        words = dict.fromkeys(WORD_PATTERN.findall(clean_text(text)))
-        return [word for word in words if word.isalnum() and word not in self.closed_words]
-
-    def add_words(self, texts):
-        """Add the words of more training texts to the header of a closed vocabulary."""
-        if not self.closed_words:
-            return
-        new = {word for text in texts for word in self.unseen_words(text)}
-        header, line_end, merges = self.merges_text.partition("\n")
-        self.closed_words |= new
-        self.merges_text = " ".join([header, *sorted(new)]) + line_end + merges
-
-    def decode(self, ids):
-        """The text of ids; every word is followed by a blank."""
-        byte_of = {symbol: byte for byte, symbol in self.byte_symbols.items()}
-        text = "".join(self.symbols[int(number)] for number in ids).replace("</w>", " ")
-        return bytes(byte_of.get(symbol, 32) for symbol in text).decode("utf-8", "replace")
+        words = dict.fromkeys(split_words(text))
+        return [word for word in words if word.isalnum() and len(self.encode_word(word)) > 1]
 
     def __call__(self, texts, context_length=77):
         """A str or a list of str -> LongTensor [N, context_length], zero after the end token.
@@ -344,28 +332,26 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             texts = [texts]
-        rows = []
-        for text in texts:
-            ids = [self.ids[START], *self.encode(text)]
-            ids = ids[: context_length - 1] + [self.ids[END]]
-            rows.append(ids + [0] * (context_length - len(ids)))
-        return torch.tensor(rows, dtype=torch.long).view(len(texts), context_length)
+        tokens = torch.zeros(len(texts), context_length, dtype=torch.long)
+        for row, text in zip(tokens, texts):
+            ids = [self.ids[START], *self.encode(text)][: context_length - 1] + [self.ids[END]]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
 
 
 @functools.lru_cache(maxsize=2**17)  # training reads the same texts in every epoch
 def clean_text(text):
-    """Encodings and HTML entities mended, one blank between words, lower case."""
-    text = ftfy.fix_text(text[:MAX_CHARACTERS])
-    text = html.unescape(html.unescape(text))
+    """Encodings and HTML entities mended, one blank between words, lower case. 77 tokens hold far
+    less than 10,000 characters."""
+    text = text[:10_000]
+    if "&" in text or not (text.isascii() and text.isprintable()):  # else: nothing to mend
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
-def is_empty(text):
-    """Whether a text says nothing: it has no letter, number, mark of punctuation or symbol."""
-    if re.fullmatch(r"[\w ,.'-]*[a-zA-Z0-9][\w ,.'-]*", text, re.ASCII):
-        return False  # as most texts: there is nothing to clean, which takes long
-    text = clean_text(text).replace(START, "").replace(END, "")
-    return all(unicodedata.category(c)[0] not in "LNPS" or c in BLANK_LETTERS for c in text)
+def split_words(text):
+    """ "The boy's cup" -> ["the", "boy", "'s", "cup"]."""
+    return WORD_PATTERN.findall(clean_text(text))
 
 
 def merge_pair(parts, pair):
@@ -377,14 +363,6 @@ def merge_pair(parts, pair):
         else:
             merged.append(part)
     return merged
-
-
-def parse_merges(text):
-    """The merges of a merges file, a list of (symbol, symbol). Raises ValueError for others."""
-    merges = [tuple(line.split()) for line in text.strip().split("\n")[1 : MAX_MERGES + 1]]
-    if any(len(merge) != 2 for merge in merges):
-        raise ValueError("a line of the vocabulary is not two symbols")
-    return merges
 
 
 @functools.cache
@@ -418,7 +396,6 @@ CLIP_FILES = {  # below CLIP_URL; the long number is the file's sha256
 }
 VOCABULARY_URL = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # scalars in OpenAI's archives
 
 
 def load_clip(name_or_path):
@@ -426,36 +403,48 @@ def load_clip(name_or_path):
     eval mode.
 
     Reads OpenAI's TorchScript archives, state dicts in OpenAI's or Hugging Face's names (.pt, .bin,
-    .safetensors), and the CLIP that HiVG's authors adapted, whose LoRA pairs are merged. All sizes
-    follow from the shapes. The activation is QuickGELU and heads have 64 channels, as in OpenAI's
-    weights; shapes do not tell, but a config.json beside the file does (Hugging Face). Raises
-    HiVGError for anything else.
+    .safetensors, the folder of a `save_pretrained`, the "state_dict" of a training program), and
+    the CLIP that HiVG's authors adapted, whose LoRA pairs are merged. All sizes follow from the
+    shapes. The activation is QuickGELU and heads have 64 channels, as in OpenAI's weights; shapes
+    do not tell, but a config.json or open_clip_config.json beside the file does. Raises HiVGError
+    for anything else.
     """
-    path = name_or_path
-    if name_or_path in CLIP_FILES:
-        file = CLIP_FILES[name_or_path]
+    path = Path(name_or_path)
+    if file := CLIP_FILES.get(name_or_path):
         path = download_to_cache(CLIP_URL + file, sha256=file.split("/")[0])
+    elif path.is_dir():  # what save_pretrained of transformers and of open_clip write
+        names = "*model.safetensors", "*model.bin", "*.index.json"
+        path = next((file for name in names for file in path.glob(name)), path)
+    not_clip = f"{path} is not a CLIP ViT checkpoint"
     hint = f"name a file of one, or one of {', '.join(CLIP_FILES)}"
-    with user_error(f"{path} is not a CLIP ViT checkpoint", hint):
+    with user_error(not_clip, hint):
+        if path.name.endswith(".index.json"):
+            raise ValueError("its weights lie in several files: save it anew in one")
         state = read_weights(path)
-        if "model" in state:  # the authors' adapted CLIP; its bridges, if any, are left out
-            state = merge_authors_lora(state["model"])
-            state = {name: tensor for name, tensor in state.items() if ".cross_" not in name}
+        of_authors = "model" in state
+        state = state.get("model") or state.get("state_dict") or state
+        check_weights(state)
+    with user_error(not_clip, hint, STATE_ERRORS):
+        state = rename_keys(state, PROGRAMS_NAMES)
+        if of_authors:
+            state = merge_authors_lora(state)
         if any(".lora_" in name for name in state):
             raise ValueError("it has LoRA pairs, whose alpha it does not tell: merge them first")
-        if any(name.startswith("vision_model.") for name in state):
+        if "visual.conv1.weight" not in state:  # then names are Hugging Face's
             state = hugging_face_to_openai(state)
-        state = {name: tensor for name, tensor in state.items() if name not in NOT_WEIGHTS}
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}
-        config = infer_config(state)
-        beside = Path(path).with_name("config.json")
-        if beside.is_file():
-            check_family(json.loads(beside.read_text(encoding="utf-8")), config)
-    with torch.device("meta"):  # no memory, no random numbers: the file has all weights
-        clip = CLIP(config)
-    with user_error(f"{path} is not a CLIP ViT checkpoint", hint):
+        with torch.device("meta"):  # no memory, no random numbers: the file has all weights
+            clip = CLIP(infer_config(state))
         clip.load_state_dict(state, assign=True)
+    with user_error(not_clip, hint):  # the configs beside the file may be damaged, too
+        check_family(path.parent, clip.config)
     return clip.eval()
+
+
+PROGRAMS_NAMES = (  # what goes: prefixes of DDP, torch.compile and PEFT, and what are no weights
+    (r"^(module\.|_orig_mod\.|base_model\.model\.)+", ""),
+    (r"^(.*\.cross_.*|input_resolution|context_length|vocab_size)$", ""),
+)
 
 
 def save_clip(clip, path):
@@ -467,40 +456,50 @@ def save_clip(clip, path):
 
 def infer_config(state):
     """CLIPConfig from the shapes of a state dict in OpenAI's names."""
-    vision_blocks = [n for n in state if re.match(r"visual\.transformer.*\.ln_1\.weight", n)]
-    text_blocks = [n for n in state if re.match(r"transformer.*\.ln_1\.weight", n)]
+    # one "visual" or "transformer" for each block of the image or text tower
+    towers = [name.split(".")[0] for name in state if name.endswith(".ln_1.weight")]
     vision_width, _, patch_size, _ = state["visual.conv1.weight"].shape
     context_length, text_width = state["positional_embedding"].shape
-    patches = len(state["visual.positional_embedding"]) - 1
     return CLIPConfig(
-        image_size=patch_size * math.isqrt(patches),
+        image_size=patch_size * math.isqrt(state["visual.positional_embedding"].shape[0] - 1),
         patch_size=patch_size,
         vision_width=vision_width,
-        vision_layers=len(vision_blocks),
+        vision_layers=towers.count("visual"),
         text_width=text_width,
-        text_layers=len(text_blocks),
+        text_layers=towers.count("transformer"),
         embed_dim=state["text_projection"].shape[1],
         context_length=context_length,
-        vocab_size=len(state["token_embedding.weight"]),
+        vocab_size=state["token_embedding.weight"].shape[0],
     )
 
 
-def check_family(described, config):
-    """Raise ValueError if Hugging Face's config.json, if it is one, describes another network than
-    `CLIP`."""
-    widths = {"vision_config": config.vision_width, "text_config": config.text_width}
-    for tower, width in widths.items():
-        # older files have their values in vision_config_dict
-        values = (described.get(tower) or {}) | (described.get(f"{tower}_dict") or {})
-        expected = {
-            "hidden_act": "quick_gelu",
-            "num_attention_heads": max(1, width // 64),
-            "layer_norm_eps": 1e-5,
-        }
-        for name, value in expected.items():
-            found = values.get(name, value)
-            if found != value:
-                raise ValueError(f"its config.json has {name} {found} in {tower}, not {value}")
+def check_family(folder, config):
+    """Raise ValueError if a config.json (Hugging Face) or open_clip_config.json in the folder of a
+    CLIP describes another network than `CLIP`."""
+    for path in (folder / "config.json", folder / "open_clip_config.json"):
+        if not path.is_file():
+            continue
+        described = json.loads(path.read_text(encoding="utf-8"))
+        described = described.get("model_cfg", described)
+        if path.name == "open_clip_config.json" and not described.get("quick_gelu"):
+            raise ValueError(f"{path} has no quick_gelu: its activation is another one")
+        for tower, width in (("vision", config.vision_width), ("text", config.text_width)):
+            values = {}
+            for ending in ("config", "config_dict", "cfg"):  # old and new Hugging Face, open_clip
+                values |= described.get(f"{tower}_{ending}") or {}
+            heads = max(1, width // 64)
+            expected = {  # the last two are open_clip's
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+                "num_attention_heads": heads,
+                "heads": heads,
+                "head_width": 64,
+            }
+            for name, value in expected.items():
+                found = values.get(name, value)
+                if found != value:
+                    what = name.replace("head_width", "heads of width")
+                    raise ValueError(f"{path} has {what} {found} in {tower}, not {value}")
 
 
 HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's
@@ -518,19 +517,17 @@ HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's
     (r"\bself_attn\b", "attn"),
     (r"\bmlp\.fc1\b", "mlp.c_fc"),
     (r"\bmlp\.fc2\b", "mlp.c_proj"),
+    (r".*position_ids", ""),
 )
 
 
 def hugging_face_to_openai(state):
     """A CLIP's state dict in Hugging Face's names -> float32, in this file's names."""
-    state = {name: t.float() for name, t in state.items() if not name.endswith("position_ids")}
     state = rename_keys(state, HUGGING_FACE_NAMES)
     for name in list(state):
         if ".attn.q_proj." in name:  # q, k, v: three matrices there, one here
-            q = state.pop(name)
-            k = state.pop(name.replace("q_proj", "k_proj"))
-            v = state.pop(name.replace("q_proj", "v_proj"))
-            state[name.replace("q_proj", "in_proj")] = torch.cat([q, k, v])
+            qkv = [state.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
+            state[name.replace("q_proj", "in_proj")] = torch.cat(qkv)
     for name in ("visual.proj", "text_projection"):  # OpenAI multiplies from the other side
         state[name] = state[name].T
     return state
@@ -539,25 +536,26 @@ def hugging_face_to_openai(state):
 def merge_authors_lora(state):
     """A CLIP of HiVG's authors -> Hugging Face's names: PEFT's prefixes are removed and its pairs
     merged, W = W_0 + (alpha / r) B A with their alpha = 16."""
-    merged = {}
-    for name, tensor in state.items():
-        merged[re.sub(r"^(base_model\.model\.)+", "", name)] = tensor.float()
+    merged = rename_keys(state, PROGRAMS_NAMES[:1])
     for name in list(merged):
         if ".lora_A." in name:
-            A = merged.pop(name)  # [r, in]
-            B = merged.pop(name.replace("lora_A", "lora_B"))  # [out, r]
+            A = merged.pop(name).float()  # [r, in]
+            B = merged.pop(name.replace("lora_A", "lora_B")).float()  # [out, r]
             weight = name.split(".lora_A.")[0] + ".weight"
-            merged[weight] = merged[weight] + 16 / len(A) * B @ A
+            merged[weight] = merged[weight].float().addmm_(B, A, alpha=16 / A.shape[0])
     return merged
 
 
 def rename_keys(state, patterns):
-    """The entries of `state` under new names: each (pattern, replacement) is applied in turn."""
+    """The entries of `state` under new names: each (pattern, replacement) of re.sub is applied in
+    turn; what then has no name goes. `state` is emptied: large weights are in memory once."""
     renamed = {}
-    for name, tensor in state.items():
+    for old_name in list(state):
+        name = old_name
         for pattern, replacement in patterns:
             name = re.sub(pattern, replacement, name)
-        renamed[name] = tensor
+        renamed[name] = state.pop(old_name)
+    renamed.pop("", None)
     return renamed
 
 
@@ -572,30 +570,36 @@ def read_weights(path, safe_classes=()):
         return read_safetensors(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in names):
-            return read_torchscript_archive(path)
+            for name in archive.namelist():
+                if name.endswith("/constants.pkl"):
+                    return read_torchscript(archive, name.removesuffix("constants.pkl"))
     try:
         with torch.serialization.safe_globals(list(safe_classes)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message suggests weights_only=False, which runs code
-        reason = "it is damaged, or holds more than tensors and plain data"
-        raise ValueError(reason) from None
+        raise ValueError("it is damaged, or holds more than tensors and plain data") from None
+
+
+def check_weights(state):
+    """Raise ValueError if a state dict holds anything else than tensors."""
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("it holds more than weights")
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists, tuples and dicts; refuses classes and functions, so that no
-    code is run."""
+    code is run, but for those that `admitted` has another one for."""
+
+    admitted = {}  # (module, name): what stands in for it
 
     def find_class(self, module, name):
+        if (module, name) in self.admitted:
+            return self.admitted[module, name]
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
 
 
 class ScriptModule:
-    """A module of a TorchScript archive, as a plain holder of its attributes."""
-
-    def __setstate__(self, attributes):
-        self.__dict__.update(attributes)
+    """A module of a TorchScript archive, as a plain holder of its attributes, which pickle sets."""
 
 
 def rebuild_tensor(storage, offset, size, stride, requires_grad, hooks):
@@ -605,60 +609,51 @@ def rebuild_tensor(storage, offset, size, stride, requires_grad, hooks):
 class ArchiveUnpickler(PlainUnpickler):
     """Reads data.pkl of a TorchScript archive: tensors, and modules as ScriptModules."""
 
-    DTYPES = {
-        "HalfStorage": torch.float16,
-        "FloatStorage": torch.float32,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
+    admitted = {
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("torch", "HalfStorage"): torch.float16,
+        ("torch", "FloatStorage"): torch.float32,
+        ("torch", "LongStorage"): torch.int64,
+        ("torch", "IntStorage"): torch.int32,
     }
 
-    def __init__(self, file, read_storage):
-        super().__init__(file)
-        self.read_storage = read_storage  # key -> bytes
-
     def find_class(self, module, name):
-        if module.startswith("__torch__"):
-            return ScriptModule
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return rebuild_tensor
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if module == "torch" and name in self.DTYPES:
-            return self.DTYPES[name]
-        return super().find_class(module, name)
+        return ScriptModule if module.startswith("__torch__") else super().find_class(module, name)
 
     def persistent_load(self, reference):
-        _, dtype, key, _, _ = reference
+        dtype, key = reference[1:3]
         return torch.frombuffer(bytearray(self.read_storage(key)), dtype=dtype)
 
 
-def read_torchscript_archive(path):
-    """The state dict in a TorchScript archive, in the archive's own names and dtypes."""
-    with zipfile.ZipFile(path) as archive:
-        data_pkl = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        folder = data_pkl.removesuffix("data.pkl") + "data/"
-        file = io.BytesIO(archive.read(data_pkl))
-        root = ArchiveUnpickler(file, lambda key: archive.read(folder + key)).load()
-    state = {}
-
-    def collect(module, prefix):
+def read_torchscript(archive, folder):
+    """The state dict in a TorchScript archive, an open ZipFile whose content lies below `folder`, in
+    its own names and dtypes."""
+    unpickler = ArchiveUnpickler(io.BytesIO(archive.read(f"{folder}data.pkl")))
+    unpickler.read_storage = lambda key: archive.read(f"{folder}data/{key}")
+    state, modules = {}, [("", unpickler.load())]
+    while modules:
+        prefix, module = modules.pop()
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 state[prefix + name] = value
             elif isinstance(value, ScriptModule):
-                collect(value, f"{prefix}{name}.")
-
-    collect(root, "")
+                modules.append((f"{prefix}{name}.", value))
     return state
 
 
 def read_safetensors(path):
     """A .safetensors file: the length of a JSON header, the header, and the tensors' bytes."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    dtypes |= {"F64": torch.float64, "I64": torch.int64, "I32": torch.int32}
+    dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+    }
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         content = bytearray(file.read())
     header.pop("__metadata__", None)
     state = {}
@@ -669,7 +664,7 @@ def read_safetensors(path):
     return state
 
 
-# ------------------------------------------------------------------ errors, atomic writes, download
+# -------------------------------------------------------------------- errors, atomic writes, cache
 
 
 class HiVGError(Exception):
@@ -687,13 +682,14 @@ READING_ERRORS = (  # what the readers of damaged or missing files raise
     struct.error, zipfile.BadZipFile, zlib.error, http.client.HTTPException,
 )
 # fmt: on
+STATE_ERRORS = (LookupError, ValueError, RuntimeError, ArithmeticError)  # weights that do not fit
 
 
 @contextmanager
 def user_error(what, hint, errors=READING_ERRORS):
-    """Turn an error of reading or writing a file into a HiVGError "what (reason): hint.".
+    """Turn an error of opening, parsing or writing a file into a HiVGError "what (reason): hint.".
 
-    Only for code that reads or writes files: an error of the program must keep its traceback.
+    What a file holds is converted outside: an error of the program must keep its traceback.
     """
     try:
         yield
@@ -706,9 +702,12 @@ def user_error(what, hint, errors=READING_ERRORS):
 def atomic_write(path):
     """Yield a temporary path and rename it to `path` on success: nobody sees half a file."""
     path = Path(path)
-    temporary = own_name(path.with_name(f".{path.name}"))
-    errors = (OSError, RuntimeError)  # torch.save raises RuntimeError if the disk is full
-    with user_error(f"{path} cannot be written", "free some room or name another place", errors):
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with user_error(
+        f"{path} cannot be written",
+        "free some room or name another place",
+        (OSError, RuntimeError),  # torch.save raises RuntimeError if the disk is full
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -717,9 +716,10 @@ def atomic_write(path):
             temporary.unlink(missing_ok=True)
 
 
-def own_name(path):
-    """A name beside `path` that no other process has."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+def write_text(path, text):
+    """Write a text file atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 MEMORY_ERRORS = {  # words of torch's RuntimeErrors -> what its user can do
@@ -728,12 +728,12 @@ MEMORY_ERRORS = {  # words of torch's RuntimeErrors -> what its user can do
     "DataLoader worker (pid": "A process that reads images was killed, mostly for lack of memory: give "
     "fewer --workers, or start the container with --shm-size=4g.",
     "can't allocate memory": "The machine has too little memory: give a smaller --batch-size.",
-    "out of memory": "The GPU has too little memory: give a smaller --batch-size with a larger "
-    "--accumulate, or --checkpointing.",
+    "out of memory": "The GPU has too little memory: give a smaller --batch-size; train.py also has "
+    "--checkpointing.",
 }
 
 
-def run_main(job, *args, after_ctrl_c="files that were finished are kept"):
+def run_main(job, *args):
     """Run job(*args); HiVGError, Ctrl-C and lack of memory end the program with one sentence and
     exit status 1. Characters that the terminal does not have are printed as "?"."""
     for stream in (sys.stdout, sys.stderr):
@@ -749,7 +749,7 @@ def run_main(job, *args, after_ctrl_c="files that were finished are kept"):
                 sys.exit(f"error: {advice}")
         raise
     except KeyboardInterrupt:
-        sys.exit(f"stopped by Ctrl-C: {after_ctrl_c}")
+        sys.exit("stopped by Ctrl-C: the same command, of train.py with --resume, goes on")
 
 
 def download_to_cache(url, sha256):
@@ -757,97 +757,20 @@ def download_to_cache(url, sha256):
 
     Raises HiVGError without network, or if the file's sha256 is not the right one.
     """
-    folder = Path(os.path.expanduser(os.environ.get("CLIP_CACHE") or "~/.cache/clip"))
+    folder = Path(os.environ.get("CLIP_CACHE") or "~/.cache/clip").expanduser()
     path = folder / url.rsplit("/", 1)[1]
     if not path.is_file():
-        download(url, path, sha256)
-    elif file_sha256(path) != sha256:
+        patience = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds without a byte
+        try:
+            with user_error(
+                f"{path} is missing and {url} cannot be fetched", "put it there by hand"
+            ):
+                folder.mkdir(parents=True, exist_ok=True)
+                # under a name of its own, which is renamed if the sha256 is right
+                torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
+        finally:
+            socket.setdefaulttimeout(patience)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise HiVGError(f"{path} is damaged, its sha256 is wrong: delete it and run again.")
     return path
-
-
-def download(url, path, sha256=None):
-    """Fetch `url` to `path`, with a progress bar. A download that breaks off is kept as path.*.part
-    and continued, now as long as that brings more bytes, and by the next call. Several processes
-    may fetch the same file: each does so under a name of its own.
-
-    Raises HiVGError if the file cannot be had whole, or if its sha256 is not the right one.
-    """
-    path = Path(path)
-    what = f"{path} is missing and {url} cannot be fetched"
-    hint = "run it again to continue the download, or put the file there by hand"
-    with user_error(what, hint):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = claim_part(path)
-        complete = False
-        try:
-            while not complete:
-                size_before = part_size(part)
-                try:
-                    download_remaining(url, part)
-                    complete = True
-                except (OSError, http.client.HTTPException):
-                    if part_size(part) <= size_before:
-                        raise
-        finally:
-            if part.exists() and not complete:
-                os.utime(part, (0, 0))  # the next call need not wait until it looks abandoned
-        if sha256:
-            os.utime(part)
-            if file_sha256(part) != sha256:
-                part.unlink()
-                what = f"{url} gave a file with a wrong sha256, which was deleted"
-                raise HiVGError(f"{what}: run it again.")
-        part.replace(path)
-
-
-ABANDONED = 60  # seconds without a new byte; a download that is under way gives up after 30
-
-
-def claim_part(path):
-    """A name of this process's own for a download. An abandoned download of `path` gets this name
-    and will be continued; of several processes that try, one succeeds in renaming it."""
-    own = own_name(path)
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        with suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > ABANDONED:
-                os.utime(part)  # first: nobody else takes it for abandoned any more
-                return part.rename(own)
-    return own
-
-
-def download_remaining(url, part):
-    """Append to the file `part` the bytes of `url` that it lacks."""
-    size = part_size(part)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={size}-"} if size else {})
-    try:
-        reply = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing lies behind the bytes that are here
-            if error.headers.get("Content-Range") == f"bytes */{size}":
-                return
-            part.unlink()
-        raise
-    with reply:
-        if reply.headers.get_content_type() == "text/html":
-            raise ValueError("it gives a web page")
-        if reply.status != 206:  # not a part, but the whole file
-            size = 0
-        length = reply.headers.get("Content-Length")
-        total = size + int(length) if length else None
-        bar = tqdm(desc=part.stem, total=total, initial=size, unit="B", unit_scale=True)
-        with open(part, "ab" if size else "wb") as file, bar:
-            while chunk := reply.read(2**16):
-                file.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and part_size(part) != total:
-        raise OSError(f"it broke off after {part_size(part):,} of {total:,} bytes")
-
-
-def part_size(part):
-    """Bytes of a file, 0 if there is none."""
-    return part.stat().st_size if part.exists() else 0
-
-
-def file_sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -8,8 +8,8 @@ Letters: B samples, S image side and P patch side in pixels, N = (S / P)^2 patch
 K = 2 + N + T tokens of the grounding encoder, d_v and d_t widths of CLIP's towers, D CLIP's joint
 width. V and C are sets of image layers, see HiVGConfig; layers are numbered from 1. Boxes are (cx,
 cy, w, h) in 0..1 of the padded square unless a name says otherwise. A mask of padding is True where
-there is padding. (D1), (D2), ... refer to the README's list of differences from the paper and from
-its authors' released code, (R).
+there is padding. (D1), (D2), ... refer to docs/differences.md: differences from the paper and from its
+authors' released code, (R).
 """
 
 import copy
@@ -21,15 +21,33 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import clip_model
 import lora
-from clip_model import CLIP, HiVGError, QuickGELU, Tokenizer, attention
+from clip_model import (
+    CLIP,
+    MEAN,
+    READING_ERRORS,
+    STATE_ERRORS,
+    STD,
+    HiVGError,
+    QuickGELU,
+    Tokenizer,
+    at,
+    atomic_write,
+    attention,
+    check_weights,
+    clip_tokenizer,
+    end_of_text,
+    hugging_face_to_openai,
+    infer_config,
+    merge_authors_lora,
+    read_weights,
+    rename_keys,
+    user_error,
+)
 
 # isort: split
 # imports of the sections on checkpoints
 import argparse
-import io
-import re
 
 
 @dataclass
@@ -40,11 +58,12 @@ class HiVGConfig:
     """
 
     image_size: int | None = None  # S
-    mean: tuple = clip_model.MEAN  # of the pixels, in 0..1 (D9)
-    std: tuple = clip_model.STD
+    mean: tuple = MEAN  # of the pixels, in 0..1 (D9)
+    std: tuple = STD
     visual_layers: tuple | None = None  # V: their outputs are the multi-level features
     bridge_layers: tuple | None = None  # C: they contain a bridge
-    text_layers: tuple | None = None  # the bridges read their f^i; (): the projected text instead
+    bridge_text: str = "layers"  # bridges read f^i; "projected": the projected text (mixtures)
+    text_layers: tuple | None = None  # i, the text layers that bridges read
     grounding_layers: int = 6
     heads: int = 8
     feedforward: int = 2048
@@ -57,45 +76,47 @@ class HiVGConfig:
     alpha: float = 16
     lora_dropout: float = 0.1
     stage: int = 0  # -1: warm-up without bridges; 0: warm-up; j = 1..G: stage j of HiLoRA
-    authors: bool = False  # masks as in the authors' checkpoints: see `padding_masks`
+    authors_masks: bool = False  # of the authors' checkpoints: see the function of that name
 
     def with_defaults(self, clip_config):
         """A copy in which nothing is None: the paper's layers V and C for a CLIP of this depth,
-        its last text layer, its image size."""
-        is_336 = clip_config.image_size == 336
-        V, C = default_layers(clip_config.vision_layers, is_336)
-        filled = replace(self)
-        if filled.image_size is None:
-            filled.image_size = clip_config.image_size
-        if filled.visual_layers is None:
-            filled.visual_layers = V
-        if filled.bridge_layers is None:
-            filled.bridge_layers = C
-        filled.visual_layers = tuple(sorted(set(filled.visual_layers)))
-        filled.bridge_layers = tuple(sorted(set(filled.bridge_layers)))
-        if filled.text_layers is None:
-            filled.text_layers = (clip_config.text_layers,)
-        return filled
+        its last text layer, its image size. Raises ValueError for values that make no model, and
+        HiVGError for layers that this CLIP does not have."""
+        if (
+            self.adapters not in ("hilora", "vanilla", "none")
+            or self.bridge_text not in ("layers", "projected")
+            or min(self.heads, self.groups, self.grounding_layers, self.rank) < 1
+            or clip_config.embed_dim % self.heads
+        ):
+            raise ValueError(f"{self} is no model")
+        L, text_depth = clip_config.vision_layers, clip_config.text_layers
+        V, C = default_layers(L, clip_config.image_size == 336)
+        choices = {  # the default, and the number of layers to choose among
+            "visual_layers": (V, L),
+            "bridge_layers": (C, L),
+            "text_layers": ((text_depth,), text_depth),
+        }
+        layers = {}
+        for name, (default, depth) in choices.items():
+            given = getattr(self, name)
+            layers[name] = default if given is None else tuple(sorted(set(given)))
+            if absent := sorted(set(layers[name]) - set(range(1, depth + 1))):
+                raise HiVGError(f"{name} {absent}: choose among this CLIP's layers 1 to {depth}.")
+        return replace(self, image_size=self.image_size or clip_config.image_size, **layers)
 
 
 def default_layers(depth, is_336):
     """V and C for a tower of `depth` layers; is_336: ViT-L/14@336px."""
-    if depth == 24 and is_336:
-        return (12, 16, 20, 24), (12, 16, 20, 24)
     if depth == 24:
-        return (6, 12, 18, 24), (5, 11, 17, 23)
-    layers = {1, max(1, round(depth / 3)), max(1, round(2 * depth / 3)), depth}
-    return tuple(sorted(layers)), tuple(sorted(layers))
+        layers = (12, 16, 20, 24)
+        return (layers, layers) if is_336 else ((6, 12, 18, 24), (5, 11, 17, 23))
+    layers = tuple(sorted({1, max(1, round(depth / 3)), round(2 * depth / 3), depth}))
+    return layers, layers
 
 
 BRIDGE_TEXT_LAYERS = {  # text_layers by data set, in our names and in (R)'s; others: the last
-    "refcoco+": (6, 12),
-    "unc+": (6, 12),
-    "referit": (6, 12),
-    "refcocog": tuple(range(1, 13)),
-    "gref_umd": tuple(range(1, 13)),
-    "refcocog-google": tuple(range(1, 13)),
-    "gref": tuple(range(1, 13)),
+    **dict.fromkeys(("refcoco+", "unc+", "referit"), (6, 12)),
+    **dict.fromkeys(("refcocog", "gref_umd", "refcocog-google", "gref"), tuple(range(1, 13))),
 }
 
 # -------------------------------------------------------------------------------------------- parts
@@ -107,10 +128,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
 
     def forward(self, query, key, value, key_padding):
         """query [B, Nq, d], key and value [B, Nk, d], key_padding [B, Nk] -> [B, Nq, d]."""
@@ -132,23 +152,24 @@ class Bridge(nn.Module):
         t = concat_i [ w^i * f^i + f^i ] W_proj + b        over the text layers i in use
         x = x + BridgeMLP(CrossAttention(LN_b(x), t))      queries: image; keys and values: text
 
-    w^i [77, d_t] weighs positions and channels of f^i; it is the same for all samples. If there are
-    no text layers, t comes ready-made and the bridge has no w and no W_proj (mixtures of data
-    sets).
+    w^i [77, d_t] weighs positions and channels of f^i; it is the same for all samples. In a mixture
+    of data sets t is the projected text, one for all bridges: text_layer_count is 0 then, and the
+    bridge has no w and no W_proj.
     """
 
     def __init__(self, clip_config, text_layer_count):
         super().__init__()
         width, text_width = clip_config.vision_width, clip_config.text_width
         if text_layer_count:
-            sizes = text_layer_count, clip_config.context_length, text_width
-            self.w = nn.Parameter(torch.zeros(sizes))
+            self.w = nn.Parameter(
+                torch.zeros(text_layer_count, clip_config.context_length, text_width)
+            )
             self.W_proj = nn.Linear(text_layer_count * text_width, width)
         self.norm = nn.LayerNorm(width)
         self.attention = CrossAttention(width, max(1, width // 64))
         self.mlp = make_mlp(width, 4 * width, QuickGELU())
-        nn.init.zeros_(self.mlp[-1].weight)  # a new bridge changes nothing (D8)
-        nn.init.zeros_(self.mlp[-1].bias)
+        for parameter in self.mlp[-1].parameters():
+            nn.init.zeros_(parameter)  # a new bridge changes nothing (D8)
 
     def text_context(self, features):
         """t [B, T, d_v] from the f^i, a list of [B, T, d_t]."""
@@ -156,9 +177,9 @@ class Bridge(nn.Module):
         weighted = [w_i[:T] * f_i + f_i for w_i, f_i in zip(self.w, features)]
         return self.W_proj(torch.cat(weighted, dim=-1))
 
-    def forward(self, x, t, bridge_padding):
-        """x [B, 1 + N, d_v], t [B, T, d_v], bridge_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
-        return x + self.mlp(self.attention(self.norm(x), t, t, bridge_padding))
+    def forward(self, x, t, text_padding):
+        """x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v] (D3)."""
+        return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
 
 
 class GroundingLayer(nn.Module):
@@ -174,12 +195,11 @@ class GroundingLayer(nn.Module):
         self.mlp = make_mlp(width, feedforward, nn.ReLU(), dropout)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, positions, padding, queries=None):
-        """x [B, K, D], positions [K, D], padding [B, K] -> [B, queries, D]: the first `queries`
-        tokens, or all if None."""
+    def forward(self, x, positions, padding):
+        """x [B, K, D], positions [K, D], padding [B, K] -> [B, K, D]."""
         value = self.norm_1(x)
         key = value + positions
-        x = x[:, :queries] + self.dropout(self.attention(key[:, :queries], key, value, padding))
+        x = x + self.dropout(self.attention(key, key, value, padding))
         x = x + self.dropout(self.mlp(self.norm_2(x)))
         return x
 
@@ -189,25 +209,28 @@ class GroundingLayer(nn.Module):
 
 @dataclass
 class HiVGOutput:
-    """What HiVG returns. Only `boxes` is set unless for_losses=True."""
+    """What HiVG returns."""
 
     boxes: torch.Tensor  # [B, 4] cx, cy, w, h in 0..1 of the padded square
-    region_logits: torch.Tensor | None = None  # [B, N], s_p = u . v_p (L_RTCC)
-    patch_padding: torch.Tensor | None = None  # [B, N] bool
-    # of [CLS], which has seen the sample's own text in the bridges: [B, D], normalised (L_CLC)
-    image_vectors: torch.Tensor | None = None
-    text_vectors: torch.Tensor | None = None  # [B, D], normalised
+    region_logits: torch.Tensor  # [B, N], s_p = u . v_p (L_RTCC)
+    patch_padding: torch.Tensor  # [B, N] bool
+    # [CLS] after the bridges, projected: it has attended to this sample's text (L_CLC)
+    image_vectors: torch.Tensor  # [B, D], normalised
+    text_vectors: torch.Tensor  # [B, D], normalised
 
     def region_map(self):
         """[B, N]: for every patch the probability that it belongs to what is meant, sigmoid(s_p) of
-        L_RTCC; 0 in the padding. Like `scores` it needs an output made with for_losses."""
+        L_RTCC; 0 in the padding."""
         return self.region_logits.sigmoid().masked_fill(self.patch_padding, 0)
 
     def scores(self):
-        """[B], 0..1: how sure it is that what is meant is in the image, the largest value of
+        """[B], 0..1: how sure the model is that the object is in the image, the largest value of
         region_map. It follows from image and text, not from the box; without L_RTCC in training it
         says nothing."""
         return self.region_map().amax(dim=1)
+
+
+torch.export.register_dataclass(HiVGOutput)  # so that the model can be exported
 
 
 @dataclass
@@ -221,10 +244,10 @@ class TextFeatures:
 
 @dataclass
 class PaddingMasks:
-    """bool, True = padding. `bridge` differs from `text` in the authors' checkpoints alone."""
+    """bool, True = padding. The first two differ in the authors' checkpoints alone."""
 
     text: torch.Tensor  # [B, T], for the grounding encoder
-    bridge: torch.Tensor  # [B, T], for the bridges
+    text_for_bridge: torch.Tensor  # [B, T]
     patch: torch.Tensor  # [B, N]
 
 
@@ -237,9 +260,6 @@ class HiVG(nn.Module):
     def __init__(self, config, clip, tokenizer=None):
         super().__init__()
         config = config.with_defaults(clip.config)
-        V, C, L = config.visual_layers, config.bridge_layers, clip.config.vision_layers
-        check_layers("visual", V + C, L)
-        check_layers("text", config.text_layers, clip.config.text_layers)
         self.config, self.tokenizer = config, tokenizer
         self.clip = copy.deepcopy(clip)  # its positions are resized and its Linears adapted
         self.clip.resize_positional_embedding(config.image_size)
@@ -247,29 +267,33 @@ class HiVG(nn.Module):
         d_v, D = sizes.vision_width, sizes.embed_dim
         self.grid = config.image_size // sizes.patch_size  # patches a side
         N = self.grid**2
-        text_layer_count = len(config.text_layers)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(config, name), device="cpu").view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
         if config.adapters != "none":
             # q, k, v are three row blocks of one matrix; only the image tower is adapted (D6)
             targets = {name: 3 if name.endswith("in_proj") else 1 for name in config.targets}
-            settings = config.rank, config.alpha, config.lora_dropout
-            lora.add_lora(self.visual_blocks, targets, *settings)
-        self.bridges = nn.ModuleDict()
-        for layer in C:
-            self.bridges[str(layer)] = Bridge(sizes, text_layer_count)
-        self.mixed_proj = None  # makes t from the projected text, one for all bridges
-        if C and text_layer_count == 0:
-            self.mixed_proj = nn.Linear(D, d_v)
+            lora.add_lora(
+                self.visual_blocks, targets, config.rank, config.alpha, config.lora_dropout
+            )
+        projected = config.bridge_text == "projected"
+        text_layer_count = 0 if projected else len(config.text_layers)
+        self.bridges = nn.ModuleDict(
+            {str(layer): Bridge(sizes, text_layer_count) for layer in config.bridge_layers}
+        )
+        if projected:
+            self.mixture_proj = nn.Linear(D, d_v)  # makes t from the projected text
 
-        self.visual_proj = nn.Linear(len(V) * d_v, D)  # (D10)
+        self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
         self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
         self.grounding_positions = nn.Parameter(torch.randn(2 + N + sizes.context_length, D) * 0.02)
         self.grounding_positions.data[2 : 2 + N] += sincos_grid(self.grid, D)  # (D11)
-        self.grounding_layers = nn.ModuleList()
-        for _ in range(config.grounding_layers):
-            layer = GroundingLayer(D, config.heads, config.feedforward, config.dropout)
-            self.grounding_layers.append(layer)
+        self.grounding_layers = nn.ModuleList(
+            GroundingLayer(D, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.grounding_layers)
+        )
         for parameter in self.grounding_layers.parameters():
             if parameter.dim() == 2:
                 nn.init.xavier_uniform_(parameter)
@@ -283,26 +307,25 @@ class HiVG(nn.Module):
         self.checkpointing = False  # see maybe_checkpoint
         self.enter_stage(config.stage)
 
-    def forward(self, images, tokens, padding=None, for_losses=False):
+    def forward(self, images, tokens, padding=None):
         """The box of every expression.
 
         images: [B, 3, S, S], normalised, 0 in the padding. tokens: [B, T]. padding: [B, S, S] bool,
         True where a pixel is padding; None: nowhere.
-        Returns an HiVGOutput; for_losses: with all that `compute_losses` needs.
+        Returns an HiVGOutput.
         """
-        tokens, masks = self.padding_masks(tokens, padding)
+        if self.config.authors_masks:  # their bridges attend to all 77 positions
+            tokens = F.pad(tokens, (0, self.clip.config.context_length - tokens.shape[1]))
+        masks = self.padding_masks(tokens, padding)
         text = self.text_features(tokens)
-        levels, x = self.image_features(images, text, masks.bridge)  # [B, 1 + N, |V| d_v], ...
-        z = self.grounding_encoder(levels, text, masks, only_reg=not for_losses)  # [B, K, D]
-        boxes = self.box_head(z[:, 0]).float().sigmoid()  # [B, 4], from [REG]
-        if not for_losses:
-            return HiVGOutput(boxes)
+        visual_levels, x = self.image_features(images, text, masks)  # [B, 1 + N, |V| d_v], ...
+        z = self.grounding_encoder(visual_levels, text, masks)  # [B, K, D]
         return HiVGOutput(
-            boxes,
+            boxes=self.box_head(z[:, 0]).float().sigmoid(),  # from [REG]
             region_logits=self.region_logits(z, text.end),
             patch_padding=masks.patch,
             image_vectors=F.normalize(self.clip.visual.project(x).float(), dim=-1),
-            text_vectors=F.normalize(at_end(text.joint, text.end).float(), dim=-1),
+            text_vectors=F.normalize(at(text.joint, text.end).float(), dim=-1),
         )
 
     @torch.no_grad()  # the text tower is frozen and does not see the image
@@ -312,44 +335,50 @@ class HiVG(nn.Module):
         return TextFeatures(
             features=[states[layer - 1] for layer in self.config.text_layers],
             joint=self.clip.project_text(states[-1]),
-            end=tokens.argmax(dim=1),  # the end token has the largest id
+            end=end_of_text(tokens),
         )
 
-    def image_features(self, images, text, bridge_padding):
+    def image_features(self, images, text, masks):
         """CLIP's image tower with LoRA inside its self-attention and bridges to the text.
 
         images [B, 3, S, S] -> the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v],
         and that of the last layer, [B, 1 + N, d_v].
         """
-        t = self.mixed_proj(text.joint) if self.mixed_proj is not None else None  # [B, T, d_v]
+        contexts = self.bridge_contexts(text)
         x = self.clip.visual.embed(images)  # [B, 1 + N, d_v]
-        levels = []
+        visual_levels = []
         for number, block in enumerate(self.visual_blocks, start=1):
-            bridge = None
-            if str(number) in self.bridges and self.config.stage >= 0:
-                bridge = self.bridges[str(number)]
-            inputs = x, block, bridge, text.features, t, bridge_padding
-            x = self.maybe_checkpoint(bridged_block, *inputs)
+            bridge = self.bridges[str(number)] if number in contexts else None
+            t = contexts.get(number)
+            x = self.maybe_checkpoint(bridged_block, x, block, bridge, t, masks.text_for_bridge)
             if number in self.config.visual_layers:
-                levels.append(x)
-        return torch.cat(levels, dim=-1), x
+                visual_levels.append(x)
+        return torch.cat(visual_levels, dim=-1), x
 
-    def grounding_encoder(self, levels, text, masks, only_reg):
+    def bridge_contexts(self, text):
+        """{layer of C: the t [B, T, d_v] of its bridge}; none in a warm-up without bridges."""
+        if self.config.stage < 0:
+            return {}
+        if self.config.bridge_text == "projected":
+            return dict.fromkeys(self.config.bridge_layers, self.mixture_proj(text.joint))
+        return {
+            int(layer): bridge.text_context(text.features) for layer, bridge in self.bridges.items()
+        }
+
+    def grounding_encoder(self, visual_levels, text, masks):
         """The grounding encoder over [REG], [CLS], patches and text tokens.
 
-        levels [B, 1 + N, |V| d_v] -> [B, K, D]; only_reg: [B, 1, D], [REG] alone.
+        visual_levels [B, 1 + N, |V| d_v] -> [B, K, D].
         """
-        visual = self.visual_proj(levels)  # [B, 1 + N, D]
-        reg = self.reg_token.expand(len(visual), 1, -1)  # [B, 1, D]
+        visual = self.visual_proj(visual_levels)  # [B, 1 + N, D]
+        reg = self.reg_token.expand(visual.shape[0], 1, -1)  # [B, 1, D]
         # cat takes the widest dtype, that of reg: z, the residual stream, is float32 under autocast
         z = torch.cat([reg, visual, self.text_proj(text.joint)], dim=1)  # [B, K, D]
         positions = self.grounding_positions[: z.shape[1]]
-        never = masks.patch.new_zeros(len(z), 2)  # [REG] and [CLS] are no padding
+        never = masks.patch.new_zeros(z.shape[0], 2)  # [REG] and [CLS] are no padding
         padding = torch.cat([never, masks.patch, masks.text], dim=1)  # [B, K]
-        for layer in self.grounding_layers[:-1]:
+        for layer in self.grounding_layers:
             z = self.maybe_checkpoint(layer, z, positions, padding)
-        queries = 1 if only_reg else None
-        z = self.maybe_checkpoint(self.grounding_layers[-1], z, positions, padding, queries)
         return self.grounding_norm(z)
 
     def region_logits(self, z, end):
@@ -358,29 +387,52 @@ class HiVG(nn.Module):
         u is the output at the end of the text, normalised; v_p an MLP of the output at the patch.
         """
         N = self.grid**2
-        u = F.normalize(at_end(z[:, 2 + N :], end).float(), dim=-1)  # [B, D]
+        u = F.normalize(at(z[:, 2 + N :], end).float(), dim=-1)  # [B, D]
         v = self.region_mlp(self.region_norm(z[:, 2 : 2 + N])).float()  # [B, N, D]
         return (v * u[:, None]).sum(dim=-1)
 
     def enter_stage(self, stage):
-        """Make a warm-up (-1: without bridges; 0) or stage j of HiLoRA the current one: add its
-        pairs and set what trains.
+        """Enter stage -1 (warm-up without bridges), 0 (warm-up) or j = 1 ... G: add its pairs and
+        set what trains:
 
-        CLIP's weights never train; of the pairs only the newest do; bridges, projections, grounding
-        encoder and heads always train, the bridges from stage 0 on. A new pair and a new bridge
-        change no output. Entering an earlier stage gives the outputs of that stage.
+                                                   stage -1   stage 0   stage j
+            CLIP's weights, logit scale               no         no        no
+            pairs of HiLoRA                          none       none      k = j; older ones: no
+            bridges                                   no         yes       yes
+            projections, grounding encoder, heads     yes        yes       yes
+
+        Vanilla LoRA has one pair in every layer, which trains in all stages j. A new pair and a new
+        bridge change no output. Entering an earlier stage gives the outputs of that stage.
         """
         self.config.stage = stage
-        self.requires_grad_(True)
-        self.clip.requires_grad_(False)
-        if stage < 0:
-            self.bridges.requires_grad_(False)
-            if self.mixed_proj is not None:
-                self.mixed_proj.requires_grad_(False)
-        if self.config.adapters == "hilora":
-            lora.enter_stage(self.visual_blocks, stage, self.config.groups)
-        elif self.config.adapters == "vanilla":  # one group; its only pair trains from stage 1 on
+        frozen = ("clip.", "bridges.", "mixture_proj.") if stage < 0 else "clip."
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
+        if self.config.adapters == "vanilla":
             lora.enter_stage(self.visual_blocks, min(stage, 1), groups=1)
+        else:  # without adapters there is nothing to enter
+            lora.enter_stage(self.visual_blocks, stage, self.config.groups)
+
+    def inputs(self, batch):
+        """A batch of data.py on the model's device, as `forward` and `compute_losses` take it.
+
+        "image" uint8 [B, 3, S, S] becomes (x / 255 - mean) / std, 0 in the padding; "padding" bool
+        [B, S, S], True where a pixel is padding, comes from "inner" [B, 4].
+        """
+        device = self.mean.device
+        batch = {
+            name: value.to(device, non_blocking=True)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+        left, top, width, height = batch["inner"][:, :, None].unbind(dim=1)  # [B, 1] each
+        pixels = torch.arange(self.config.image_size, device=device)  # [S]
+        columns = (left <= pixels) & (pixels < left + width)  # [B, S]
+        rows = (top <= pixels) & (pixels < top + height)
+        padding = ~(rows[:, :, None] & columns[:, None, :])  # [B, S, S]
+        image = (batch["image"] / 255 - self.mean) / self.std
+        image = image.masked_fill(padding[:, None], 0).to(self.mean.dtype)
+        return batch | {"image": image, "padding": padding}
 
     def merge(self):
         """Add all LoRA pairs into the matrices, for inference. Returns the model."""
@@ -390,7 +442,7 @@ class HiVG(nn.Module):
     def tokenize(self, texts):
         """A str or a list of str -> LongTensor [N, 77], with the model's own vocabulary."""
         if self.tokenizer is None:
-            self.tokenizer = clip_model.clip_tokenizer()
+            self.tokenizer = clip_tokenizer()
         return self.tokenizer(texts, self.clip.config.context_length)
 
     @property
@@ -406,52 +458,32 @@ class HiVG(nn.Module):
         return layer(*inputs)
 
     def padding_masks(self, tokens, padding):
-        """(tokens, PaddingMasks) of a batch. padding: [B, S, S] bool or None.
+        """PaddingMasks of a batch. padding: [B, S, S] bool, or None.
 
         Text padding is what comes after the end token (D1). A patch is padding if all of it is
-        (D14). The authors' checkpoints were trained with other masks: in the grounding encoder
-        every id 0 is padding, which hides "!" as well; bridges attend to all 77 positions, padding
-        included (D3); the image's mask is resized to the patches and rounded.
+        (D14).
         """
-        authors, g = self.config.authors, self.grid
-        if authors:
-            missing = self.clip.config.context_length - tokens.shape[1]
-            tokens = F.pad(tokens, (0, missing))  # [B, 77]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        text = positions > tokens.argmax(dim=1, keepdim=True)  # [B, T]
-        bridge = text
-        if authors:
-            text, bridge = tokens == 0, torch.zeros_like(text)
+        S, g = self.config.image_size, self.grid
         if padding is None:
-            patch = text.new_zeros(len(tokens), g * g)  # [B, N]
-        elif authors:
-            shares = padding[:, None].float()  # [B, 1, S, S]
-            shares = F.interpolate(shares, (g, g), mode="bilinear", antialias=True)
-            patch = shares.round().bool().flatten(1)
-        else:
-            P = padding.shape[-1] // g
-            patch = padding.view(-1, g, P, g, P).all(dim=4).all(dim=2).flatten(1)
-        return tokens, PaddingMasks(text, bridge, patch)
+            padding = tokens.new_zeros(tokens.shape[0], S, S, dtype=torch.bool)
+        if self.config.authors_masks:
+            return authors_masks(tokens, padding, g)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        text = positions > end_of_text(tokens)[:, None]  # [B, T]
+        patch = padding.view(-1, g, S // g, g, S // g).all(dim=(2, 4)).flatten(1)  # [B, N]
+        return PaddingMasks(text, text, patch)
 
 
-def bridged_block(x, block, bridge, features, t, bridge_padding):
+def bridged_block(x, block, bridge, t, text_padding):
     """A block of CLIP's image tower with a bridge between self-attention and MLP, or None.
 
-    x [B, 1 + N, d_v] -> [B, 1 + N, d_v]. features: the f^i, from which the bridge makes t, or [] if
-    t [B, T, d_v] is given. bridge_padding [B, T].
+    x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v].
     """
     x = x + block.attn(block.ln_1(x))  # LoRA inside
     if bridge is not None:
-        if features:
-            t = bridge.text_context(features)
-        x = bridge(x, t, bridge_padding)
+        x = bridge(x, t, text_padding)
     x = x + block.mlp(block.ln_2(x))
     return x
-
-
-def at_end(x, end):
-    """x [B, T, D] -> [B, D] at the positions `end` [B]."""
-    return x[torch.arange(len(x), device=x.device), end]
 
 
 def sincos_grid(side, width):
@@ -460,23 +492,16 @@ def sincos_grid(side, width):
     frequencies = 10 ** (-torch.arange(width // 4) / (width / 4)) * math.pi  # [width / 4]
     angles = torch.linspace(0, 1, side)[:, None] * frequencies  # [side, width / 4]
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
-    rows = waves[:, None].expand(-1, side, -1)  # [side, side, width / 2]
-    columns = waves[None].expand(side, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [side^2, width - width % 4]
-    return F.pad(grid, (0, width - grid.shape[1]))
-
-
-def check_layers(kind, layers, depth):
-    """Raise HiVGError if one of the layers is not among 1 ... depth."""
-    absent = sorted(set(layers) - set(range(1, depth + 1)))
-    if absent:
-        raise HiVGError(f"This CLIP has no {kind} layers {absent}: choose among 1 to {depth}.")
+    # row by row, and column by column: [side^2, width - width % 4]
+    grid = torch.cat([waves.repeat_interleave(side, dim=0), waves.repeat(side, 1)], dim=1)
+    return F.pad(grid, (0, width % 4))
 
 
 # --------------------------------------------------------------------------------- boxes and losses
 
 LOSS_WEIGHTS = {"l1": 2.0, "giou": 2.0, "clc": 1.0, "focal": 20.0, "dice": 2.0}
-MIN_AREA = 1e-16  # a floor of divisors; its square, by which gradients are divided, is a float32
+# Smallest divisor. Gradients divide by its square, which float32 can still hold.
+MIN_AREA = 1e-16
 
 
 def cxcywh_to_xyxy(boxes):
@@ -485,63 +510,64 @@ def cxcywh_to_xyxy(boxes):
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def box_area(boxes):
-    """x1, y1, x2, y2 [N, 4] -> [N]; 0 where x2 < x1 or y2 < y1."""
-    size = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0)  # [N, 2]
-    return size[:, 0] * size[:, 1]
+def box_area(top_left, bottom_right):
+    """Corners [..., 2] -> [...]; 0 where x2 < x1 or y2 < y1."""
+    width, height = (bottom_right - top_left).clamp(min=0).unbind(dim=-1)
+    return width * height
 
 
-def intersection_and_union(a, b):
-    """Areas, pair by pair: a, b [N, 4] -> [N], [N]."""
-    top_left = torch.maximum(a[:, :2], b[:, :2])
-    bottom_right = torch.minimum(a[:, 2:], b[:, 2:])
-    intersection = box_area(torch.cat([top_left, bottom_right], dim=1))
-    return intersection, box_area(a) + box_area(b) - intersection
+def box_areas(a, b):
+    """Areas of intersection, union and hull, the smallest box around both, pair by pair: a, b
+    [..., 4] as x1, y1, x2, y2, of any dtype -> [...] each, in float32 at least."""
+    (a1, a2), (b1, b2) = (  # corners [..., 2]: top left, bottom right
+        boxes.to(torch.promote_types(boxes.dtype, torch.float32)).split(2, dim=-1)
+        for boxes in (a, b)
+    )
+    intersection = box_area(torch.maximum(a1, b1), torch.minimum(a2, b2))
+    hull = box_area(torch.minimum(a1, b1), torch.maximum(a2, b2))
+    return intersection, box_area(a1, a2) + box_area(b1, b2) - intersection, hull
 
 
 def box_iou(a, b):
-    """Intersection over union, pair by pair: a, b [N, 4] as x1, y1, x2, y2 -> [N]; 0 where both
+    """Intersection over union, pair by pair: a, b [..., 4] as x1, y1, x2, y2 -> [...]; 0 where both
     have no area."""
-    intersection, union = intersection_and_union(a, b)
+    intersection, union, _ = box_areas(a, b)
     return intersection / union.clamp(min=MIN_AREA)
 
 
 def generalized_box_iou(a, b):
-    """GIoU = IoU - (hull - union) / hull (Rezatofighi et al. 2019), pair by pair: a, b [N, 4] as
-    x1, y1, x2, y2 -> [N], -1 ... 1. hull: the smallest box around both.
+    """GIoU = IoU - (hull - union) / hull (Rezatofighi et al. 2019), pair by pair: a, b [..., 4] as
+    x1, y1, x2, y2 -> [...], -1 ... 1. hull: the smallest box around both.
 
     Finite for boxes without area: their IoU counts as 0, and a hull without area as filled.
     """
-    intersection, union = intersection_and_union(a, b)
-    top_left = torch.minimum(a[:, :2], b[:, :2])
-    bottom_right = torch.maximum(a[:, 2:], b[:, 2:])
-    hull = box_area(torch.cat([top_left, bottom_right], dim=1))
+    intersection, union, hull = box_areas(a, b)
     iou = intersection / union.clamp(min=MIN_AREA)
     return iou - (hull - union) / hull.clamp(min=MIN_AREA)
 
 
-def compute_losses(output, boxes, objects, logit_scale, beta=0.0):
+def compute_losses(output, batch, logit_scale):
     """The paper's losses, means over the batch, not weighted yet (LOSS_WEIGHTS), as a dict:
 
-        L_BOX  = l1 + giou       smooth-L1(b, b*), summed over coordinates (D2);  1 - GIoU(b, b*)
+        L_BOX  = l1 + giou       |b - b*|, summed over coordinates (D2);  1 - GIoU(b, b*)
         L_CLC  = clc             contrastive_loss of image vectors and text vectors
         L_RTCC = focal + dice    of the region logits against the patches inside the box
 
-    output: an HiVGOutput made with for_losses; boxes: true boxes [B, 4]; objects [B]: a number for
-    each object, see contrastive_loss; logit_scale: CLIP's parameter. There is no mask loss (D7).
+    output: an HiVGOutput; batch: with the true boxes, "box" [B, 4], and a number for each object,
+    "object" [B], see contrastive_loss; logit_scale: CLIP's parameter. There is no mask loss (D7).
     """
-    l1 = F.smooth_l1_loss(output.boxes, boxes, beta=beta, reduction="none").sum(dim=1)  # [B]
+    boxes = batch["box"]
     giou = generalized_box_iou(cxcywh_to_xyxy(output.boxes), cxcywh_to_xyxy(boxes))  # [B]
     targets = patch_targets(boxes, math.isqrt(output.region_logits.shape[1]))  # [B, N]
     real = (~output.patch_padding).float()  # [B, N], 0 for padding patches
     focal = sigmoid_focal_loss(output.region_logits, targets) * real  # [B, N]
     return {
-        "l1": l1.mean(),
+        "l1": (output.boxes - boxes).abs().sum(dim=1).mean(),
         "giou": (1 - giou).mean(),
         "clc": contrastive_loss(
-            output.image_vectors, output.text_vectors, logit_scale.exp(), objects
+            output.image_vectors, output.text_vectors, logit_scale.exp(), batch["object"]
         ),
-        "focal": (focal.sum(dim=1) / real.sum(dim=1)).mean(),
+        "focal": (focal.sum(dim=1) / real.sum(dim=1).clamp(min=1)).mean(),
         "dice": dice_loss(output.region_map(), targets * real).mean(),
     }
 
@@ -556,12 +582,13 @@ def patch_targets(boxes, side):
 
 
 def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):
-    """-alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017), element by element."""
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p = logits.sigmoid()
-    p_t = p * targets + (1 - p) * (1 - targets)
+    """-alpha_t (1 - p_t)^gamma log p_t (Lin et al. 2017), element by element; targets are 0 or 1.
+
+    p_t is the probability of the target: p = sigmoid(logit) where it is 1, 1 - p where it is 0.
+    """
+    log_p_t = -F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
-    return alpha_t * (1 - p_t) ** gamma * cross_entropy
+    return -alpha_t * (1 - log_p_t.exp()) ** gamma * log_p_t
 
 
 def dice_loss(p, targets):
@@ -577,30 +604,29 @@ def contrastive_loss(image, text, scale, objects):
     `objects` [B], are no negatives of each other. Returns a scalar.
     """
     logits = scale * image @ text.T  # [B, B]
-    same = objects[:, None] == objects[None, :]  # [B, B]
+    same = objects[:, None] == objects  # [B, B]
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
-    targets = torch.arange(len(image), device=image.device)
+    targets = torch.arange(image.shape[0], device=image.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = "hivg-2"
+FORMAT = "hivg-3"
 
 
 def save_checkpoint(path, model, **more):
     """Write a checkpoint that stands alone: config, weights, pairs and vocabulary; `more` is plain
     data beside it."""
-    tokenizer = model.tokenizer or clip_model.clip_tokenizer()
     content = {
         "format": FORMAT,
         "config": asdict(model.config),
         "model": model.state_dict(),
-        "vocabulary": tokenizer.merges_text,
+        "vocabulary": (model.tokenizer or clip_tokenizer()).merges_text,
         **more,
     }
-    with clip_model.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(content, temporary)
 
 
@@ -616,48 +642,55 @@ def load_checkpoint(path, device="cpu"):
 
 def with_fresh_pairs(model, **changes):
     """A copy of a model in stage 0, for a new training: its pairs are part of the matrices. changes:
-    fields of HiVGConfig that describe the new pairs (adapters, targets, groups, rank)."""
-    config = replace(model.config, stage=0, **changes)
+    fields of HiVGConfig that fit its weights (adapters, rank, dropout and the like)."""
+    config = replace(model.config, **changes, stage=0)
     fresh = HiVG(config, CLIP(model.clip.config), model.tokenizer)
     fresh.load_state_dict(lora.merged_state_dict(model))
     return fresh
 
 
 def read_checkpoint(path):
-    """(HiVG in the stage in which it was saved, the whole content of the file).
+    """(HiVG in the stage in which it was saved, the rest of the file's content).
 
     Raises HiVGError as `load_checkpoint`.
     """
     what = f"{path} is not an HiVG checkpoint"
     hint = "name a best.pt or last.pt of this version's train.py, or a file of HiVG's authors"
-    with clip_model.user_error(what, hint):
-        content = clip_model.read_weights(path, safe_classes=[argparse.Namespace])
-        if "vl_pos_embed.weight" in content.get("model", {}):
-            state, config, clip_config = convert_authors(content["model"], content["args"])
-            tokenizer = None
-        elif content.get("format") == FORMAT:
-            state = content["model"]
-            clip_state = {n.removeprefix("clip."): t for n, t in state.items() if n[:5] == "clip."}
-            clip_config = clip_model.infer_config(clip_state)
-            config = HiVGConfig(**content["config"])
-            tokenizer = Tokenizer(io.StringIO(content["vocabulary"]))
-        else:
+    with user_error(what, hint, (*READING_ERRORS, HiVGError)):
+        content = read_weights(path, safe_classes=[argparse.Namespace])
+        state = content.pop("model")
+        check_weights(state)
+        of_authors = "vl_pos_embed.weight" in state
+        if of_authors:
+            args, tokenizer = vars(content["args"]), None
+        elif content.get("format") != FORMAT:
             raise ValueError(f"its format is {content.get('format')}, not {FORMAT}")
-    # a model that has entered an earlier stage was saved with all pairs that it has
-    stages = [int(name.rsplit(".", 1)[1]) for name in state if ".lora_A." in name]
-    with torch.device("meta"):  # no memory, no random numbers: the file has all weights
-        model = HiVG(config, CLIP(clip_config), tokenizer)
-        model.enter_stage(max([config.stage, *stages]))
-    with clip_model.user_error(what, hint):
+        elif "\n" not in content["vocabulary"]:  # Tokenizer would open a file of that name
+            raise ValueError("it has no vocabulary")
+        else:
+            config, tokenizer = HiVGConfig(**content["config"]), Tokenizer(content["vocabulary"])
+    with user_error(what, hint, (*STATE_ERRORS, HiVGError)):
+        if of_authors:
+            state, config = convert_authors(state, args)
+        clip_state = {n.removeprefix("clip."): t for n, t in state.items() if n.startswith("clip.")}
+        # the file may hold pairs of later stages than the one in which it was saved
+        stages = [int(name.rsplit(".", 1)[1]) for name in state if ".lora_A." in name]
+        with torch.device("meta"):  # no memory, no random numbers: the file has all weights
+            model = HiVG(config, CLIP(infer_config(clip_state)), tokenizer)
+            model.enter_stage(max([config.stage, *stages]))
         model.load_state_dict(state, assign=True)
-    model.enter_stage(config.stage)  # sets what trains, and folds the pairs that were read
+    model.enter_stage(config.stage)
     return model, content
 
 
 # ------------------------------------------------------------- the checkpoints of HiVG's authors (R)
 
 AUTHORS_NAMES = (  # patterns of (R)'s names, and ours
-    (r"^clip\.visual\.transformer\.resblocks\.(\d+)\.cross_", r"bridges.\1."),
+    # layers are counted from 0 there
+    (
+        r"^clip\.visual\.transformer\.resblocks\.(\d+)\.cross_",
+        lambda m: f"bridges.{int(m[1]) + 1}.",
+    ),
     (r"^(bridges\.\d+)\.gate\b", r"\1.W_proj"),
     (r"^(bridges\.\d+)\.adaptive_weights\b", r"\1.w"),
     (r"^vl_transformer\.encoder\.", "grounding_"),
@@ -671,42 +704,34 @@ AUTHORS_NAMES = (  # patterns of (R)'s names, and ours
     (r"(linear|mlp\.fc)2\b", "mlp.3"),
     (r"^reg_token\.weight", "reg_token"),
     (r"^vl_pos_embed\.weight", "grounding_positions"),
-    (r"^condition_text_proj\b", "mixed_proj"),
+    (r"^condition_text_proj\b", "mixture_proj"),
+    # not in use
+    (r"^(ml_text_feat_perceiver|reg_pos_embed|condition_text_pos_embed|seg_conv\d).*", ""),
 )
-AUTHORS_UNUSED = r"ml_text_feat_perceiver|reg_pos_embed|condition_text_pos_embed|seg_conv\d"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def convert_authors(weights, args):
-    """A checkpoint of (R), of any stage -> (state dict in our names, HiVGConfig, CLIPConfig).
+    """A checkpoint of (R), of any stage -> (state dict in our names, HiVGConfig).
 
-    weights: its state dict; args: its Namespace of settings; sizes follow from the shapes. All LoRA
-    pairs are merged. What is left over or missing is found by the strict load_state_dict.
+    weights: its state dict, which is emptied; args: its settings; sizes follow from the shapes. All
+    LoRA pairs are merged. What is left over or missing is found by the strict load_state_dict.
     """
-    if not args.normalize_before:
+    if not args["normalize_before"]:
         raise ValueError("its grounding encoder is post-norm, ours is pre-norm")
-    clip_state = {n.removeprefix("clip."): t for n, t in weights.items() if n.startswith("clip.")}
-    clip_state = clip_model.merge_authors_lora(clip_state)
-    clip_state = clip_model.hugging_face_to_openai(clip_state)
-    clip_config = clip_model.infer_config(clip_state)
+    clip_state = {
+        name.removeprefix("clip."): weights.pop(name)
+        for name in list(weights)
+        if name.startswith("clip.")
+    }
+    clip_state = hugging_face_to_openai(merge_authors_lora(clip_state))
     state = {f"clip.{name}": tensor for name, tensor in clip_state.items()}
-    state.update({n: t.float() for n, t in weights.items() if not n.startswith("clip.")})
-    state = clip_model.rename_keys(state, AUTHORS_NAMES)
-    state = {count_from_1(name): tensor for name, tensor in state.items()}
-    bridge_layers = sorted({int(n.split(".")[1]) for n in state if n.startswith("bridges.")})
-
-    text_layers = BRIDGE_TEXT_LAYERS.get(args.dataset, (clip_config.text_layers,))
-    if args.mixup_pretrain:  # bridges get the projected text
-        text_layers = ()
-    adaptive = text_layers and args.enable_adaptive_weights
-    unused = [AUTHORS_UNUSED]
-    if text_layers or not bridge_layers:
-        unused.append("mixed_proj")
-    if not text_layers:
-        unused.append(r"bridges\.\d+\.W_proj")
-    if not adaptive:
-        unused.append(r"bridges\.\d+\.w\.")
-    state = {n: t for n, t in state.items() if not re.match("|".join(unused), n)}
+    state |= {name: tensor.float() for name, tensor in weights.items()}
+    mixed = args["mixup_pretrain"]  # the weights of the other bridge_text are there, but not in use
+    unused = r"^bridges\.\d+\.(w|W_proj)\b.*" if mixed else r"^mixture_proj.*"
+    state = rename_keys(state, (*AUTHORS_NAMES, (unused, "")))
+    clip_config = infer_config(clip_state)
+    bridge_layers = {int(name.split(".")[1]) for name in state if name.startswith("bridges.")}
+    text_layers = BRIDGE_TEXT_LAYERS.get(args["dataset"], (clip_config.text_layers,))
 
     # two linear maps with nothing between them become one
     W, b = state.pop("visu_proj.weight"), state.pop("visu_proj.bias")
@@ -715,37 +740,38 @@ def convert_authors(weights, args):
     state["reg_token"] = state["reg_token"][0]
     for name in list(state):
         if ".in_proj_" in name:  # of nn.MultiheadAttention
-            q, k, v = state.pop(name).chunk(3)
-            state[name.replace("in_proj_", "q_proj.")] = q
-            state[name.replace("in_proj_", "k_proj.")] = k
-            state[name.replace("in_proj_", "v_proj.")] = v
-    for layer in bridge_layers:
-        if adaptive:
-            w = [state.pop(f"bridges.{layer}.w.{i}.weight") for i in range(len(text_layers))]
-            state[f"bridges.{layer}.w"] = torch.stack(w)
-        elif text_layers:
-            sizes = len(text_layers), clip_config.context_length, clip_config.text_width
-            state[f"bridges.{layer}.w"] = torch.zeros(sizes)
-    visual_layers, _ = default_layers(clip_config.vision_layers, is_336="336" in args.model)
+            for letter, part in zip("qkv", state.pop(name).chunk(3)):
+                state[name.replace("in_proj_", f"{letter}_proj.")] = part
+    for layer in () if mixed else bridge_layers:
+        w = [state.pop(f"bridges.{layer}.w.{i}.weight", None) for i in range(len(text_layers))]
+        if not args["enable_adaptive_weights"]:
+            w = [torch.zeros(clip_config.context_length, clip_config.text_width)] * len(text_layers)
+        state[f"bridges.{layer}.w"] = torch.stack(w)
     config = HiVGConfig(
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        visual_layers=visual_layers,
-        bridge_layers=tuple(bridge_layers),
+        mean=(0.485, 0.456, 0.406),  # ImageNet's
+        std=(0.229, 0.224, 0.225),
+        visual_layers=default_layers(clip_config.vision_layers, "336" in args["model"])[0],
+        bridge_layers=bridge_layers,
+        bridge_text="projected" if mixed else "layers",
         text_layers=text_layers,
-        grounding_layers=args.vl_enc_layers,
-        heads=args.vl_nheads,
-        feedforward=len(state["grounding_layers.0.mlp.0.weight"]),
-        region_width=len(state["region_mlp.0.weight"]),
+        grounding_layers=args["vl_enc_layers"],
+        heads=args["vl_nheads"],
+        feedforward=state["grounding_layers.0.mlp.0.weight"].shape[0],
+        region_width=state["region_mlp.0.weight"].shape[0],
         adapters="none",
-        authors=True,
+        authors_masks=True,
     )
-    return state, config, clip_config
+    return state, config
 
 
-def count_from_1(name):
-    """bridges.0.norm.weight -> bridges.1.norm.weight: (R) counts the layers from 0."""
-    if not name.startswith("bridges."):
-        return name
-    _, layer, rest = name.split(".", 2)
-    return f"bridges.{int(layer) + 1}.{rest}"
+def authors_masks(tokens, padding, grid):
+    """The PaddingMasks that (R) trained with: in the grounding encoder every id 0 is padding, which
+    hides "!" as well; bridges attend to all 77 positions, padding included (D3); the image's mask
+    [B, S, S] is resized to the patches and rounded."""
+    shares = padding[:, None].float()  # [B, 1, S, S]
+    shares = F.interpolate(shares, (grid, grid), mode="bilinear", antialias=True)
+    return PaddingMasks(
+        text=tokens == 0,
+        text_for_bridge=torch.zeros_like(tokens, dtype=torch.bool),
+        patch=shares.round().bool().flatten(1),
+    )

@@ -9,16 +9,20 @@ numbered from 1, into G groups, shallow to deep. Layer l belongs to group g(l) =
 gets its first pair (A, B) in stage g(l) and one more in every later stage; only the newest pair,
 k = j, is trained. Vanilla LoRA is HiLoRA with one group and one stage.
 
-    add_lora(layers, {"attn.in_proj": 3, "attn.out_proj": 1})  # q, k, v: 3 row blocks of one matrix
+    model.requires_grad_(False)                                 # add_lora freezes its targets alone
+    add_lora(layers, {"attn.in_proj": 3, "attn.out_proj": 1})   # q, k, v: 3 row blocks of one matrix
     for stage in (1, 2, 3):
         parameters = enter_stage(layers, stage, groups=3)       # the pairs that this stage trains
-        train(parameters)
+        optimizer = torch.optim.AdamW(parameters)               # made anew, as pairs are added, and
+        parallel = DistributedDataParallel(model)               # so is what wraps the model (FSDP, too)
+        train(parallel, optimizer)
     merge_lora(layers)                                          # inference at the cost of W_0 alone
+
+A host that reads a Linear's `.weight` and never calls the Linear gets nothing from its pairs, and
+nothing here can see that: look, after the first backward pass, for a pair whose .grad is None.
 
 This file needs torch alone and knows no CLIP. It can be copied into another project as it is (MIT).
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -31,69 +35,71 @@ class LoRALinear(nn.Module):
     `weight` (W_0) and `bias` keep their names in the state dict and are never written.
     blocks: W_0 consists of that many row blocks of equal height (3 for a fused q, k, v); each has
     pairs of its own. Pair k is lora_A[str(k)] [blocks, r, in] and lora_B[str(k)] [blocks, out /
-    blocks, r].
+    blocks, r], in float32 where W_0 has half precision: small steps would be rounded away there.
 
     The newest pair in use runs as a branch of its own, with dropout on its input. The older, frozen
     pairs are added into `folded`, a copy of W_0 that the state dict does not contain: they cost no
-    time. `merge_lora` adds the newest pair as well.
+    time. `merge_lora` adds the newest pair as well. Loading a state dict folds anew.
     """
 
     def __init__(self, linear, blocks, rank, alpha, dropout):
         super().__init__()
-        out_features = len(linear.weight)
-        if out_features % blocks:
-            raise ValueError(f"{out_features} rows cannot be cut into {blocks} equal blocks")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.requires_grad_(False)
         self.blocks, self.rank, self.scale = blocks, rank, alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.pairs = []  # keys of the pairs in use, oldest first
-        self.branch = None  # key of the pair that runs as a branch
+        self.merged = False  # whether the newest pair is folded, too
         self.register_buffer("folded", None, persistent=False)
+        self.register_load_state_dict_post_hook(LoRALinear.fold)
 
     def forward(self, x):  # [..., in] -> [..., out]
         weight = self.weight if self.folded is None else self.folded
         h = F.linear(x, weight, self.bias)  # W_0 x + b, with the folded pairs
-        if self.branch is not None:
-            A, B = self.lora_A[self.branch], self.lora_B[self.branch]
-            # b: block; r: rank; i, o: columns and rows of a block
-            low = torch.einsum("...i,bri->...br", self.dropout(x), A)  # A x: [..., blocks, r]
+        if self.pairs and not self.merged:
+            newest = self.pairs[-1]
+            A, B = self.lora_A[newest], self.lora_B[newest]
+            low = F.linear(self.dropout(x).to(A.dtype), A.flatten(0, 1))  # A x: [..., blocks r]
+            low = low.unflatten(-1, A.shape[:2])
+            # b: block; o: rows of a block; r: rank
             delta = torch.einsum("...br,bor->...bo", low, B)  # B A x: [..., blocks, out / blocks]
-            h = h + self.scale * delta.flatten(-2)
+            h = (h + self.scale * delta.flatten(-2)).to(h.dtype)
         return h
 
     def add_pair(self, key):
         """Add a pair that changes no output: A is Kaiming uniform with a = sqrt(5), B is zero."""
-        out_features, in_features = self.weight.shape
-        bound = 1 / math.sqrt(in_features)
-        A = self.weight.new_empty(self.blocks, self.rank, in_features).uniform_(-bound, bound)
-        B = self.weight.new_zeros(self.blocks, out_features // self.blocks, self.rank)
-        self.lora_A[key], self.lora_B[key] = nn.Parameter(A), nn.Parameter(B)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        rows, bound = self.out_features // self.blocks, self.in_features**-0.5
+        A = self.weight.new_empty(self.blocks, self.rank, self.in_features, dtype=dtype)
+        self.lora_A[key] = A.uniform_(-bound, bound)  # becomes a Parameter in the ParameterDict
+        self.lora_B[key] = self.weight.new_zeros(self.blocks, rows, self.rank, dtype=dtype)
+
+    def use(self, pairs, merged=False):
+        """Let the pairs with these keys act, and the newest of them train if it is not merged."""
+        self.pairs, self.merged = pairs, merged
+        self.requires_grad_(False)
+        for key in pairs[-1:]:
+            self.lora_A[key].requires_grad_(not merged)
+            self.lora_B[key].requires_grad_(not merged)
+        self.fold()
+
+    def fold(self, *_):
+        """Add the pairs in use that do not run as a branch into a copy of W_0. load_state_dict calls
+        it, too, when it has written the weights."""
+        pairs = self.pairs if self.merged else self.pairs[:-1]
+        self.folded = self.weight_with(pairs) if pairs else None
 
     @torch.no_grad()
-    def fold(self, merge=False):
-        """Add the older pairs in use (merge: all of them) into a copy of W_0."""
-        folded_pairs = self.pairs if merge else self.pairs[:-1]
-        self.branch = self.pairs[-1] if self.pairs and not merge else None
-        self.folded = None
-        if folded_pairs:
-            self.folded = self.weight + sum(self.delta_weight(key) for key in folded_pairs)
-
-    def delta_weight(self, key):
-        """(alpha / r) B_k A_k as one matrix [out, in]."""
-        return self.scale * (self.lora_B[key] @ self.lora_A[key]).flatten(0, 1)
-
-
-def pair_indices(layer, depth, groups, stage):
-    """The pairs k = g(l) ... j that layer l of L = depth uses in stage j; g(l) = ceil(l G / L).
-
-    A pair has the number of the stage that adds it. With 12 layers and 3 groups, layers 1-4 use
-    pairs 1, 2, 3 in stage 3, layers 5-8 use 2, 3, and layers 9-12 use 3; in stage 1 only layers 1-4
-    use a pair.
-    """
-    first_stage = -(-layer * groups // depth)  # ceil(l G / L) in whole numbers
-    return range(first_stage, stage + 1)
+    def weight_with(self, pairs):
+        """W_0 + sum_k (alpha / r) B_k A_k over the keys `pairs`, [out, in]."""
+        W = self.weight.clone().unflatten(0, (self.blocks, -1))  # [blocks, out / blocks, in]
+        for key in pairs:
+            A, B = self.lora_A[key], self.lora_B[key]
+            # in place: autocast leaves the precision of A and B as it is
+            W = W.to(A.dtype).baddbmm_(B, A, alpha=self.scale)
+        return W.flatten(0, 1).to(self.weight.dtype)
 
 
 def add_lora(layers, targets, rank=32, alpha=16, dropout=0.1):
@@ -101,77 +107,107 @@ def add_lora(layers, targets, rank=32, alpha=16, dropout=0.1):
 
     layers: a list of nn.Modules, shallow to deep. targets: {name of an nn.Linear inside a layer:
     number of its row blocks}. Only the targets are frozen; freezing the rest is up to the caller.
-    Raises ValueError if a name is not that of an nn.Linear.
+    Raises ValueError, before anything is changed, for a target that LoRALinear cannot stand for.
     """
     for layer in layers:
-        modules = dict(layer.named_modules())
         for name, blocks in targets.items():
-            if not isinstance(modules.get(name), nn.Linear):
-                linears = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-                raise ValueError(f"{name!r} is not a Linear of the layer; it has {linears}")
-            parent, _, child = name.rpartition(".")
-            adapted = LoRALinear(modules[name], blocks, rank, alpha, dropout)
-            setattr(modules[parent], child, adapted)
+            if reason := why_not(layer, name, blocks):
+                linears = [n for n, module in layer.named_modules() if type(module) is nn.Linear]
+                raise ValueError(f"{name!r} cannot be adapted: {reason}; Linears: {linears}")
+    for layer in layers:
+        for name, blocks in targets.items():
+            linear = layer.get_submodule(name)
+            adapted = LoRALinear(linear, blocks, rank, alpha, dropout).train(linear.training)
+            layer.set_submodule(name, adapted)
+
+
+def why_not(layer, name, blocks):
+    """Why a LoRALinear cannot stand for the module `name` of a layer; None if it can."""
+    modules = dict(layer.named_modules(remove_duplicate=False))
+    module = modules.get(name)
+    if module is None:
+        return "there is no such module"
+    if type(module) is not nn.Linear:  # a subclass may do more than W x + b
+        return f"it is a {type(module).__name__}, not a plain nn.Linear"
+    if module is layer:
+        return "it is the layer itself, put the layer into another module"
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed (weight_norm, spectral_norm, pruning)"
+    if not module.weight.is_floating_point():
+        return "its weight is quantised"
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+        return "it has hooks, which would be lost"
+    if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
+        return "nn.TransformerEncoderLayer reads weights without calling their Linear"
+    if module.out_features % blocks:
+        return f"{module.out_features} rows cannot be cut into {blocks} equal blocks"
 
 
 def enter_stage(layers, stage, groups):
     """Make stage j = `stage` the current one and return its trainable parameters, pairs k = j.
 
+    Layer l of L uses the pairs k = g(l) ... j, each with the number of the stage that adds it. With
+    12 layers and 3 groups, layers 1-4 use pairs 1, 2, 3 in stage 3, layers 5-8 use 2, 3, and layers
+    9-12 use 3; in stage 1 only layers 1-4 use a pair, in stage 0 none does.
+
     Pairs that do not exist yet are added with B = 0, so that entering the next stage changes no
-    output (folding rounds). Pairs of later stages stay stored, but are not in use: entering an earlier stage gives
-    the outputs of that stage. In stage 0 no layer uses a pair.
+    output, up to rounding. Pairs of later stages stay stored, but are not in use: entering an
+    earlier stage gives the outputs of that stage.
     """
     trainable = []
     for number, layer in enumerate(layers, start=1):
-        pairs = [str(k) for k in pair_indices(number, len(layers), groups, stage)]
-        for module in lora_modules(layer):
+        first_stage = -(-number * groups // len(layers))  # g(l) = ceil(l G / L) in whole numbers
+        pairs = [str(k) for k in range(first_stage, stage + 1)]
+        for module in lora_modules(layer).values():
             for key in pairs:
                 if key not in module.lora_A:
                     module.add_pair(key)
-            module.pairs = pairs
-            module.fold()
-            module.requires_grad_(False)
-            if pairs:
-                trainable += [module.lora_A[pairs[-1]], module.lora_B[pairs[-1]]]
-    for parameter in trainable:
-        parameter.requires_grad_(True)
+            module.use(pairs)
+            trainable += [p for p in module.parameters() if p.requires_grad]
     return trainable
 
 
-def merge_lora(layers):
-    """Add all pairs in use into the matrices, W = W_0 + sum_k (alpha / r) B_k A_k, for inference."""
+def merge_lora(layers, merged=True):
+    """Add all pairs in use into the matrices, W = W_0 + sum_k (alpha / r) B_k A_k, for inference.
+    The newest pairs do not train while they are merged."""
     for layer in layers:
-        for module in lora_modules(layer):
-            module.fold(merge=True)
+        for module in lora_modules(layer).values():
+            module.use(module.pairs, merged)
 
 
 def unmerge_lora(layers):
     """Undo `merge_lora` exactly: W_0 was never written, and all pairs are still there."""
-    for layer in layers:
-        for module in lora_modules(layer):
-            module.fold()
+    merge_lora(layers, merged=False)
 
 
-def lora_modules(layer):
-    """The LoRALinears of a layer."""
-    return [module for module in layer.modules() if isinstance(module, LoRALinear)]
+def lora_modules(module):
+    """The LoRALinears below a module, by the prefix of their names in its state dict."""
+    return {
+        f"{name}." if name else "": child
+        for name, child in module.named_modules(remove_duplicate=False)
+        if isinstance(child, LoRALinear)
+    }
 
 
 def merged_state_dict(module):
     """The state dict that `module` would have without LoRA: W = W_0 + sum_k (alpha / r) B_k A_k for
     the pairs in use, and no pairs."""
-    state = {name: tensor for name, tensor in module.state_dict().items() if "lora_" not in name}
-    for name, child in module.named_modules():
-        if isinstance(child, LoRALinear):
-            pairs = sum(child.delta_weight(key) for key in child.pairs)
-            state[f"{name}.weight"] = child.weight.detach() + pairs
+    state = module.state_dict()
+    for name in lora_state_dict(module):
+        del state[name]
+    for prefix, child in lora_modules(module).items():
+        state[f"{prefix}weight"] = child.weight_with(child.pairs)
     return state
 
 
 def lora_state_dict(module):
     """The pairs alone: every lora_A and lora_B below `module`, by their names in its state dict.
 
-    To load them: add_lora, enter_stage, load_state_dict(pairs, strict=False), and enter_stage once
-    more, which folds the pairs that were read.
+    To load them: add_lora, enter_stage, load_state_dict(pairs, strict=False).
     """
-    return {name: tensor for name, tensor in module.state_dict().items() if "lora_" in name}
+    return {
+        prefix + name: tensor
+        for prefix, child in lora_modules(module).items()
+        for name, tensor in child.state_dict().items()
+        if name.startswith("lora_")
+    }

@@ -1,49 +1,85 @@
 """How fast HiVG is: a table of times, operations and memory, and ratios against `transformers`.
 
     python tests/benchmark.py                        # ViT-B/16, batches of 8, float32 on a CPU
-    python tests/benchmark.py --clip ViT-L/14 --batch-size 32 --checkpointing --compile
+    python tests/benchmark.py runs/refcoco/best.pt --bf16
+    python tests/benchmark.py ViT-L/14 --batch-size 32 --checkpointing --compile
     python tests/benchmark.py --ratios               # against CLIP's bare image encoder and PIL, CPU
-    python tests/benchmark.py --memory               # what a training step takes, counted on a CPU
+    python tests/benchmark.py --launches             # operations launched in a training step
 
 The table has a training step of stage 3, inference, and reading; after it stand the hours that
 RefCOCO's schedule would take if all its steps ran at that speed. MFU is the share of what a large
 matrix product reaches on the same device. Ratios are of medians, the two sides measured in turn.
-Weights and images are random.
+Images are random, and so are weights unless a checkpoint is named.
 """
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data  # noqa: E402
-import evaluate  # noqa: E402
 import train  # noqa: E402
-from clip_model import CLIP, CLIP_CONFIGS  # noqa: E402
-from hivg import HiVG, HiVGConfig  # noqa: E402
+from clip_model import CLIP, CLIP_CONFIGS, Tokenizer  # noqa: E402
+from evaluate import adder, number_from  # noqa: E402
+from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, read_checkpoint  # noqa: E402
+
+MIN_SECONDS = 2.0  # of measuring, for each time
+
+
+def random_model(name, config=HiVGConfig(stage=3), **sizes):  # noqa: B008
+    """HiVG around a CLIP of size `name`, a key of CLIP_CONFIGS, with random weights and a vocabulary
+    of single letters."""
+    clip = CLIP(replace(CLIP_CONFIGS[name], **sizes))
+    return HiVG(config, clip, Tokenizer("# no merges\n"))
+
+
+def synthetic_batch(model, count):
+    """A made-up batch as data.py gives it: expressions of 15 words, a third of the square padding."""
+    S = model.config.image_size
+    tokens = model.tokenize(["a b c d e f g h i j k l m n o"] * count)
+    return {
+        "image": torch.randint(256, (count, 3, S, S), dtype=torch.uint8),
+        "inner": torch.tensor([[0, S // 6, S, S - S // 3]] * count),
+        "tokens": data.trim_to_longest(tokens),
+        "box": torch.tensor([[0.5, 0.5, 0.3, 0.4]] * count),
+        "object": torch.arange(count),
+    }
 
 
 def training_step(model, batch, dtype=None):
     """A function that makes one training step of the model on the batch."""
-    device = next(model.parameters()).device
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 1e-6, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    optimizer, scaler = train.make_optimizer(model)
+    optimizer.param_groups[0]["lr"] = 1e-6
+    args = argparse.Namespace(batches=1, loss=LOSS_WEIGHTS)
+    return lambda: train.train_step(model.train(), [batch], [0], optimizer, scaler, args, dtype)
 
-    def step():
-        weights = train.LOSS_WEIGHTS
-        train.train_step(model.train(), [batch], [0], optimizer, scaler, weights, dtype)
 
-    return step
+def inference(model, batch, dtype=None):
+    """A function that finds the boxes of a batch, which comes from the CPU; boxes go back."""
+
+    @torch.no_grad()
+    def job():
+        device_batch = model.inputs(batch)
+        with torch.autocast(model.mean.device.type, dtype, enabled=dtype is not None):
+            output = model(*(device_batch[name] for name in ("image", "tokens", "padding")))
+        return output.boxes.cpu()
+
+    return job
 
 
 def reading_dataset(folder, **options):
@@ -52,78 +88,110 @@ def reading_dataset(folder, **options):
     Image.fromarray(coarse).resize((640, 480)).save(Path(folder, "a.jpg"), quality=90)
     line = json.dumps({"image": "a.jpg", "text": "a red cup", "box": [200, 100, 400, 300]})
     Path(folder, "train.jsonl").write_text(f"{line}\n" * 256)
-    return data.GroundingDataset("own", "train", folder, augment=True, **options)
+    annotations = {"own": data.read_annotations("own", folder)}
+    return data.open_split(annotations, "train", augment=True, **options)
+
+
+# --------------------------------------------------------------------------------------- the table
+
+
+def median_seconds(job):
+    """The median time of a job, after it has warmed up."""
+    timer = Timer("job()", globals={"job": job}, num_threads=torch.get_num_threads())
+    once = timer.blocked_autorange(min_run_time=0).median
+    return timer.blocked_autorange(min_run_time=max(MIN_SECONDS, 10 * once)).median
+
+
+def matrix_peak(device, dtype):
+    """FLOP/s of a large matrix product, which stands for the peak of this machine."""
+    side = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / median_seconds(lambda: matrix @ matrix)
+
+
+def table_row(name, job, images, device, peak):
+    """A line of the table: time, operations (2 for a multiply-add) and GPU memory of a job that handles
+    so many images; and images a second."""
+    is_gpu = device.type == "cuda"
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = median_seconds(job)
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if is_gpu else math.nan
+    # Counted after timing, and without compilation: Dynamo never compiles what it first meets under
+    # the counter. Attention is written out, since fused kernels are not counted on every device.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        job()
+    flops = counter.get_total_flops()
+    values = 1e3 * seconds, images / seconds, flops / images / 1e9, 100 * flops / seconds / peak
+    cells = "{:9.1f} {:9,.1f} {:13.2f} {:6.1f} {:8,.0f}".format(*values, memory)
+    return f"{name:24} {images:6} {cells}", images / seconds
 
 
 def print_table(args):
     """Training step, inference and reading."""
-    device = evaluate.setup_device(args.device)
-    dtype = train.autocast_dtype(device)
-    model = evaluate.random_model(args.clip).to(device)
-    model.checkpointing = args.checkpointing
+    device = data.setup_device(args.device)
+    dtype = torch.bfloat16 if args.bf16 else train.autocast_dtype(device)
+    model = (
+        random_model(args.model) if args.model in CLIP_CONFIGS else read_checkpoint(args.model)[0]
+    )
+    model.to(device).checkpointing = args.checkpointing
     if args.compile:
         model.compile()
-    peak = evaluate.matrix_peak(device, dtype or torch.float32)
-    size, batch = args.batch_size, evaluate.synthetic_batch(model, args.batch_size)
-    step = training_step(model, batch, dtype)
-    rows = [evaluate.benchmark_row("training step, stage 3", step, size, device, peak)]
-    rows += evaluate.inference_rows(model, size, dtype is torch.bfloat16, peak)
+    size, peak = args.batch_size, matrix_peak(device, dtype or torch.float32)
+    step = training_step(model, synthetic_batch(model, size), dtype)
+    rows = [table_row(f"training step, stage {model.config.stage}", step, size, device, peak)]
+    model.merge().eval().requires_grad_(False)
+    for count in sorted({1, size}):
+        job = inference(model, synthetic_batch(model, count), dtype)
+        rows.append(table_row("inference", job, count, device, peak))
     with tempfile.TemporaryDirectory() as folder:
-        image_size = model.config.image_size
-        dataset = reading_dataset(folder, image_size=image_size, tokenizer=model.tokenizer)
+        dataset = reading_dataset(
+            folder, image_size=model.config.image_size, tokenizer=model.tokenizer
+        )
         batches = torch.arange(256).view(-1, 32).tolist()
-        for workers in sorted({0, data.default_workers(["refcoco"])}):
+        for workers in sorted({0, data.default_workers()}):
+            loader = data.BatchLoader(dataset, workers, pin_memory=device.type == "cuda")
             name = f"reading, {workers} workers" if workers else "reading, one core"
-
-            def read(workers=workers):
-                return list(data.read_batches(dataset, batches, workers, device.type == "cuda"))
-
-            rows.append(evaluate.benchmark_row(name, read, 256, device, peak))
-    print(f"{args.clip} on {device}, {dtype or torch.float32}")
-    evaluate.print_benchmark(rows, peak)
-    steps = sum(train.PRESETS["base"].epochs) * data.DATASETS["refcoco"].published[0]
-    hours = steps / rows[0][3] / 3600
+            job = lambda loader=loader: list(loader(batches))  # noqa: E731
+            rows.append(table_row(name, job, 256, device, peak))
+    print(f"{args.model} on {device}, {dtype or torch.float32}")
+    print(f"a matrix product here: {peak / 1e9:,.0f} GFLOP/s, which is 100 % MFU")
+    print("                          batch        ms  images/s  GFLOPs/image  MFU %      MiB")
+    print(*(line for line, _ in rows), sep="\n")
+    samples = sum(row[1] for row in train.PLANS["base"]) * data.DATASETS["refcoco"].published[0]
+    hours = samples / rows[0][1] / 3600
     print(f"if all steps ran at this speed, RefCOCO's schedule would take {hours:,.1f} hours")
 
 
-def print_ratios(rounds):
+# ------------------------------------------------------------------------------------------- ratios
+
+
+def print_ratios(rounds=10):
     """Times against transformers' bare CLIP ViT-B/16 image encoder and against PIL."""
     import transformers
 
     encoder = transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(
-            hidden_size=768,
-            intermediate_size=3072,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            patch_size=16,
-        )
+        transformers.CLIPVisionConfig(patch_size=16)  # of ViT-B, but for the patches of ViT-B/32
     ).eval()
-    model = evaluate.random_model("ViT-B/16").merge().eval()
-    batch = evaluate.synthetic_batch(model, 8)
-    images, _, _ = evaluate.model_inputs(model, batch)
+    model = random_model("ViT-B/16").merge().eval()
+    batch = synthetic_batch(model, 8)
+    images = model.inputs(batch)["image"]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def bare_encoder():
         encoder(images)
 
-    @torch.inference_mode()
-    def inference():
-        model(*evaluate.model_inputs(model, batch))
-
-    steps = {"bare encoder, forward": bare_encoder}
-    for name, adapters, stages in (
-        ("training step, stage 3", "hilora", (1, 2, 3)),
-        ("training step, vanilla LoRA", "vanilla", (1,)),
-        ("training step, stage 1", "hilora", (1,)),
-    ):
-        trained = HiVG(HiVGConfig(adapters=adapters), CLIP(CLIP_CONFIGS["ViT-B/16"]))
-        trained.tokenizer = model.tokenizer
-        for stage in stages:
-            trained.enter_stage(stage)
-        steps[name] = training_step(trained, batch)
-    print_medians({"bare encoder, forward": bare_encoder, "inference": inference}, rounds)
-    print_medians(steps, rounds)
+    bare = {"bare encoder, forward": bare_encoder}
+    print_medians(bare | {"inference": inference(model, batch)}, rounds)
+    steps = {
+        "training step, stage 3": {"stage": 3},
+        "training step, vanilla LoRA": {"stage": 1, "adapters": "vanilla"},
+        "training step, stage 1": {"stage": 1},
+    }
+    for name, values in steps.items():
+        bare[name] = training_step(random_model("ViT-B/16", HiVGConfig(**values)), batch)
+    print_medians(bare, rounds)
     with tempfile.TemporaryDirectory() as folder:
         dataset, index = reading_dataset(folder), iter(range(10**9))
         jobs = {
@@ -133,20 +201,6 @@ def print_ratios(rounds):
             "a training sample": lambda: dataset[next(index) % 256],
         }
         print_medians(jobs, 100 * rounds)
-
-
-def print_memory(name):
-    """What a training step of stage 3 takes, as `train.step_bytes` counts it, for batches of any
-    size."""
-    print(f"{'':16} {'dtype':14} {'fixed GiB':>10} {'MiB a sample':>13}")
-    for checkpointing in (False, True):
-        for dtype in (torch.float32, torch.bfloat16):
-            model = evaluate.random_model(name)
-            model.checkpointing = checkpointing
-            fixed, sample = train.step_bytes(model, 16, dtype)
-            option = "--checkpointing" if checkpointing else ""
-            sizes = f"{fixed / 2**30:10.2f} {sample / 2**20:13.1f}"
-            print(f"{option:16} {dtype!s:14} {sizes}", flush=True)
 
 
 def print_medians(jobs, rounds):
@@ -164,23 +218,52 @@ def print_medians(jobs, rounds):
         print(f"{name:28} {1e3 * seconds:10.2f} ms {seconds / first:8.3f} of the first")
 
 
+# ----------------------------------------------------------------------------------------- launches
+
+
+class LaunchCounter(TorchDispatchMode):
+    """A context that counts the operations in it, views aside: a GPU launches a kernel for nearly
+    each, a cast included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view and function is not torch.ops.aten._unsafe_view.default
+        return function(*args, **(kwargs or {}))
+
+
+def print_launches(name):
+    """Operations of a training step of stage 3 on a CPU. They do not depend on the widths: those
+    here are small."""
+    model = random_model(name, vision_width=128, text_width=64, embed_dim=64, vocab_size=514)
+    for dtype in (torch.bfloat16, None):
+        step = training_step(model, synthetic_batch(model, 2), dtype)
+        step()  # the first step makes the optimiser's state
+        with LaunchCounter() as counter:
+            step()
+        print(
+            f"{name}, {dtype or torch.float32}: {counter.count:,} operations in a step of stage 3"
+        )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--clip", choices=CLIP_CONFIGS, default="ViT-B/16", help="size (default: ViT-B/16)")
-    add("--batch-size", type=evaluate.number_from(1), default=8)
+    add = adder(parser)
+    add("model", "a checkpoint, or a CLIP's name for its size", nargs="?", default="ViT-B/16")
+    add("--batch-size", type=number_from(1), default=8)
+    add("--bf16", "compute in bf16 (default: as train.py does)", action="store_true")
     add("--checkpointing", action="store_true")
     add("--compile", action="store_true")
-    add("--device", help="cuda, mps or cpu (default: the best there is)")
-    add("--ratios", action="store_true", help="instead of the table: ratios, on a CPU")
-    add("--memory", action="store_true", help="instead of the table: GiB of a step, counted")
-    add("--rounds", type=evaluate.number_from(1), default=10, help="of --ratios (default: 10)")
+    add("--device", "cuda, mps or cpu (default: the best there is)")
+    add("--ratios", "instead of the table: ratios, on a CPU", action="store_true")
+    add("--launches", "instead of the table: operations of a step", action="store_true")
+
     args = parser.parse_args()
-    if args.memory:
-        print_memory(args.clip)
+    if args.launches:
+        print_launches(args.model)
     elif args.ratios:
-        print_ratios(args.rounds)
+        print_ratios()
     else:
         print_table(args)

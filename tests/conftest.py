@@ -8,16 +8,18 @@ import gzip
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 from PIL import Image
 
 import clip_model
-from clip_model import CLIP, CLIPConfig, Tokenizer, save_clip
+from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, rename_keys, save_clip
 from hivg import HiVG, HiVGConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -38,10 +40,11 @@ def no_network(monkeypatch, tmp_path):
     """Every test has an empty CLIP_CACHE of its own, and nothing can be downloaded."""
 
     def refuse(*args, **kwargs):
-        raise clip_model.urllib.error.URLError("no network in tests")
+        raise URLError("no network in tests")
 
     monkeypatch.setenv("CLIP_CACHE", str(tmp_path / "clip_cache"))
-    monkeypatch.setattr(clip_model.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("torch.hub.urlopen", refuse)
     clip_model.clip_tokenizer.cache_clear()
 
 
@@ -58,6 +61,19 @@ def clip_vocabulary(shared):
 def close(found, expected, tolerance=1e-5):
     """Equal to an absolute tolerance; tensors, or tuples of them."""
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def check_refusals(load, folder, files):
+    """Each file, {name: (bytes, what torch.save is given or None, reason)}, is refused with one
+    sentence that names it and the reason."""
+    for name, (content, reason) in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        elif content is not None:
+            torch.save(content, folder / name)
+        with pytest.raises(HiVGError, match=f"{name}.*{reason}") as caught:
+            load(folder / name)
+        assert not re.search("\n|weights_only", str(caught.value))
 
 
 # ------------------------------------------------------------------------------- a tiny CLIP and HiVG
@@ -104,33 +120,34 @@ def clip_file(tmp_path_factory, vocabulary):
     return folder / "clip.pt"
 
 
+THEIR_NAMES = (  # patterns of our names, and transformers'
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"^(?!vis|text_p|logit)", "text_model."),
+    (r"(class_emb|token_emb)", r"embeddings.\1"),
+    (r"conv1", "embeddings.patch_embedding"),
+    (r"positional_embedding", "embeddings.position_embedding.weight"),
+    (r"transformer\.resblocks", "encoder.layers"),
+    (r"ln_pre", "pre_layrnorm"),
+    (r"ln_post", "post_layernorm"),
+    (r"ln_final", "final_layer_norm"),
+    (r"ln_", "layer_norm"),
+    (r"\battn", "self_attn"),
+    (r"c_fc", "fc1"),
+    (r"c_proj", "fc2"),
+)
+
+
 def hugging_face_state(clip):
     """A CLIP's weights under transformers' names."""
-    state = {"logit_scale": clip.logit_scale}
-    state["visual_projection.weight"] = clip.visual.proj.T
-    state["text_projection.weight"] = clip.text_projection.T
-    vision, text = "vision_model.", "text_model."
-    state[vision + "embeddings.class_embedding"] = clip.visual.class_embedding
-    state[vision + "embeddings.patch_embedding.weight"] = clip.visual.conv1.weight
-    state[vision + "embeddings.position_embedding.weight"] = clip.visual.positional_embedding
-    state[text + "embeddings.token_embedding.weight"] = clip.token_embedding.weight
-    state[text + "embeddings.position_embedding.weight"] = clip.positional_embedding
-    modules = {
-        vision + "pre_layrnorm": clip.visual.ln_pre,
-        vision + "post_layernorm": clip.visual.ln_post,
-        text + "final_layer_norm": clip.ln_final,
-    }
-    for tower, blocks in ((vision, clip.visual.transformer), (text, clip.transformer)):
-        for i, block in enumerate(blocks.resblocks):
-            prefix = f"{tower}encoder.layers.{i}."
-            names = ("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2", "self_attn.out_proj")
-            parts = (block.ln_1, block.ln_2, block.mlp.c_fc, block.mlp.c_proj, block.attn.out_proj)
-            modules |= {prefix + name: part for name, part in zip(names, parts)}
-            for kind in ("weight", "bias"):
-                for name, part in zip("qkv", getattr(block.attn.in_proj, kind).chunk(3)):
-                    state[f"{prefix}self_attn.{name}_proj.{kind}"] = part
-    for name, module in modules.items():
-        state[name + ".weight"], state[name + ".bias"] = module.weight, module.bias
+    state = rename_keys(clip.state_dict(), THEIR_NAMES)
+    for name in list(state):
+        if "in_proj" in name:
+            for letter, part in zip("qkv", state.pop(name).chunk(3)):
+                state[name.replace("in", letter)] = part.clone()
+        elif "projection" in name:
+            state[name] = state[name].T.contiguous()
     return state
 
 
@@ -150,10 +167,10 @@ def tiny_model(tokenizer, stage=0, seed=0, **settings):
 
 
 def shake_pairs(model):
-    """Give all LoRA pairs B matrices that are not zero, as training would."""
+    """Give the newest LoRA pairs B matrices that are not zero, as training would."""
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+        if ".lora_B." in name and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
 
 
 def tiny_batch(model, texts=("red one", "blue !; one", "the big red one on the left"), seed=0):

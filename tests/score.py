@@ -27,15 +27,28 @@ def draw_scene(number):
     rng = random.Random(f"score {number}")
     shapes = data.random_shapes(rng, rng.choice((3, 4, 5)))
     expressions = []
-    for sort in data.ALL_SORTS:
+    for sort in data.SORTS["val"]:
         for _ in range(100):
+            DESCRIPTIONS.clear()
             expression = data.try_expression(rng, shapes, sort)
             if expression:
-                text, index, description = expression
-                expressions.append((text, description, shapes[index].box))
+                text, shape = expression
+                expressions.append((text, DESCRIPTIONS[0], shape.box))
                 break
-    image = Image.open(io.BytesIO(data.render_jpeg(rng, shapes)))
-    return image, shapes, expressions
+    file = io.BytesIO()
+    data.render(rng, shapes).save(file, "jpeg", quality=90)
+    return Image.open(file), shapes, expressions
+
+
+DESCRIPTIONS = []  # that data.try_expression draws, what is meant first
+
+
+def random_description(rng, shape, draw=data.random_description):
+    DESCRIPTIONS.append(draw(rng, shape))
+    return DESCRIPTIONS[-1]
+
+
+data.random_description = random_description
 
 
 def roc_area(positive, negative):
@@ -56,8 +69,8 @@ def main():
             ]
             if not images:
                 continue  # it says nothing of what is meant: "left most thing"
-            (here,) = evaluate.ground_texts(model, image, [text])
-            (elsewhere,) = evaluate.ground_texts(model, rng.choice(images), [text])
+            (here,) = evaluate.ground_texts(model, image, text)
+            (elsewhere,) = evaluate.ground_texts(model, rng.choice(images), text)
             fitting.append(here.score)
             unfitting.append(elsewhere.score)
             true = torch.tensor([box]) / 2  # half pixels -> pixels

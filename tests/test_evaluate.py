@@ -1,200 +1,205 @@
-"""evaluate.py's measures and pictures: accuracy by length, speed and cost, attention maps, training curves.
-
-How it evaluates a split and grounds on the command line is tested with train.py, in test_train.py.
-"""
+"""evaluate.py: boxes, accuracies, attention maps, drawings, curves, and its command lines."""
 
 import json
 import math
+import os
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_refer, plain_picture, shake_pairs, tiny_model
-from PIL import Image
-from test_train import command
+from conftest import close, make_refer, plain_picture, shake_pairs, tiny_clip, tiny_model
+from PIL import Image, ImageColor
+from test_train import exit_of, refer_dataset, told
 
+import clip_model
 import data
 import evaluate
-from hivg import load_checkpoint, read_checkpoint, save_checkpoint
+from clip_model import HiVGError, Tokenizer, save_clip
+from hivg import box_iou, load_checkpoint, save_checkpoint
 
 
-@pytest.fixture
-def checkpoint(tokenizer, tmp_path):
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, vocabulary):
     """A checkpoint of an untrained model, in stage 2."""
-    save_checkpoint(tmp_path / "best.pt", tiny_model(tokenizer, 2))
-    return tmp_path / "best.pt"
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_checkpoint(path, tiny_model(Tokenizer(vocabulary), 2))
+    return path
 
 
-# ------------------------------------------------------------------------------------- accuracy by length
+# ------------------------------------------------------------------------------------------ accuracy
 
 
-def with_lengths(root, lengths):
-    """The val split of a data set whose expressions have these numbers of words."""
-    texts = [" ".join(["red"] * words) for words in lengths]
-    make_refer(root, [{"split": "val", "texts": texts}])
-    return data.GroundingDataset("refcoco", "val", root, 64)
-
-
-def test_accuracy_by_length(tmp_path):
-    """Each bin holds both of its ends, and counts its own expressions right and wrong."""
-    dataset = with_lengths(tmp_path, (1, 5, 6, 7, 8, 10, 11, 40))
-    true = torch.stack([item["box"] for item in dataset])
+def test_accuracy_by_hand(tmp_path):
+    """An IoU of exactly 0.5 counts; each bin of lengths holds both of its ends and counts its own."""
+    texts = [" ".join(["red"] * words) for words in (1, 5, 6, 7, 8, 10, 11, 40)]
+    make_refer(tmp_path, [{"split": "val", "texts": texts}])
+    annotations = {"refcoco": data.read_annotations("refcoco", tmp_path)}
+    dataset = data.open_split(annotations, "val")
+    true = torch.tensor([[10.0, 10.0, 30.0, 30.0]]).repeat(8, 1)
     found = true.clone()
-    found[[1, 4, 5, 6]] = torch.tensor([0.0, 0.0, 0.1, 0.1])  # elsewhere
+    found[0, 2] = 20  # IoU 0.5
+    found[1, 2] = 19.9  # a little less
+    found[3, 2] = 24  # 0.7
+    found[[4, 5, 6]] = torch.tensor([30.0, 30.0, 40.0, 40.0])  # elsewhere
     result = evaluate.summary(dataset, found, true)
     right = {"1-5": 50.0, "6-7": 100.0, "8-10": 0.0, "11+": 50.0}
     assert result["lengths"] == {n: {"expressions": 2, "acc": acc} for n, acc in right.items()}
-    assert result["acc"] == 50.0
-    *_, names, row = evaluate.format_table([result]).splitlines()
-    assert names.split() == ["words", *right]
-    assert row.split() == ["val", *"50.00% of 2 100.00% of 2 0.00% of 2 50.00% of 2".split()]
+    assert [result[name] for name in ("acc", "acc70", "acc90")] == [50.0, 37.5, 25.0]
+    assert result["miou"] == pytest.approx(100 * (0.5 + 0.495 + 1 + 0.7 + 1) / 8, abs=0.01)
+    assert result["interval"] == [21.52, 78.48]
+    header, row = evaluate.format_table([result]).splitlines()
+    assert header.split()[-4:] == list(right) and row.split()[:3] == ["val", "8", "50.00"]
+    assert list(map(float, row.split()[-4:])) == list(right.values())
 
 
-def test_bins_without_expressions(tokenizer, tmp_path, capsys):
-    """They are null in results_NAME.json and - in the table that is printed."""
-    with_lengths(tmp_path, (2, 9))
-    evaluate.evaluate_splits(tiny_model(tokenizer), "best.pt", "refcoco", None, tmp_path, tmp_path)
-    (row,) = json.loads((tmp_path / "results_refcoco.json").read_text())["results"]
-    assert row["lengths"]["6-7"] == row["lengths"]["11+"] == {"expressions": 0, "acc": None}
-    assert [row["lengths"][name]["expressions"] for name in ("1-5", "8-10")] == [1, 1]
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "% of 1" in line]
-    assert line.split()[4::4] == ["-", "-"]
+def test_the_interval_by_hand():
+    """Wilson's interval as other programs print it; it stays within 0 and 100."""
+    assert evaluate.wilson_interval(8, 10) == [49.02, 94.33]
+    assert evaluate.wilson_interval(0, 5) == [0, 43.45]
+    assert min(evaluate.wilson_interval(0, size)[0] for size in range(1, 300)) == 0
 
 
-# ------------------------------------------------------------------------------------------ speed and cost
+def test_boxes_are_clipped_to_the_image(tokenizer, tmp_path):
+    """A box that reaches into the padding counts as its part in the image, in the table, in the file
+    and for `ground`; bins without expressions are null and "-"."""
+    image = plain_picture(60, 20)
+    make_refer(tmp_path, [{"split": "val", "bbox": [0, 0, 60, 20], "image": image}])
+    model = tiny_model(tokenizer)
+    torch.nn.init.zeros_(model.box_head[-1].weight)
+    model.box_head[-1].bias.data = torch.tensor([0.0, 0.0, 30.0, 30.0])  # the whole square
+    annotations = data.read_annotations("refcoco", tmp_path)
+    evaluate.evaluate_splits(model, "refcoco", annotations, tmp_path / "out")
+    (row,) = json.loads((tmp_path / "out/results_refcoco.json").read_text())["results"]
+    (line,) = map(json.loads, (tmp_path / "out/boxes_refcoco_val.jsonl").read_text().splitlines())
+    assert (row["acc"], row["miou"], line["iou"]) == (100, 100, 1)
+    assert line["found"] == pytest.approx([0, 0, 60, 20], abs=1e-3)
+    assert evaluate.ground(model, image, "red one") == pytest.approx((0, 0, 60, 20), abs=1e-3)
+    assert row["lengths"]["6-7"] == {"expressions": 0, "acc": None}
+    assert evaluate.format_table([row]).split()[-3:] == ["-"] * 3
 
 
-def flops_by_hand(T, N=16, P=16, d=64, F=64):
-    """2 for each multiply-add of the tiny model, whose widths are all d, for T tokens."""
-
-    def attention(queries, keys):  # q and out; k and v; q k^T and its product with v
-        return 4 * queries * d**2 + 4 * keys * d**2 + 4 * queries * keys * d
-
-    def block(tokens):  # with an MLP d -> 4 d -> d
-        return attention(tokens, tokens) + 16 * tokens * d**2
-
-    text = 3 * block(T) + 2 * T * d**2  # and text_projection
-    bridge = 2 * T * 2 * d * d + attention(1 + N, T) + 16 * (1 + N) * d**2  # reads two f^i
-    image = 2 * N * 3 * P**2 * d + 6 * block(1 + N) + 4 * bridge
-    K = 2 + N + T
-    encoder = attention(K, K) + 4 * K * d * F + attention(1, K) + 4 * d * F  # last layer: [REG]
-    inputs = 2 * (1 + N) * 4 * d * d + 2 * T * d**2  # multi-level features, text_proj
-    return text + image + inputs + encoder + 4 * d**2 + 2 * d * 4  # and the box head
+def test_a_split_is_predicted_in_its_order(tokenizer, refer_root):
+    """The boxes are the same in batches of any size and from workers, and the true ones are those of
+    the annotations, in the image's pixels."""
+    model = tiny_model(tokenizer, 1)
+    dataset = refer_dataset(model, refer_root, "train")
+    found, true, scores = evaluate.predict(model, dataset, batch_size=3)
+    close(true, torch.tensor([sample.box for sample in dataset.samples]), 1e-3)
+    close(evaluate.predict(model, dataset, workers=1), (found, true, scores), 1e-4)
+    for index in (0, 5):
+        sample = dataset.samples[index]
+        (one,) = evaluate.ground_texts(model, data.load_image(sample.image), sample.text)
+        assert one.box == pytest.approx(found[index].tolist(), abs=1e-3)
+        assert one.score == pytest.approx(scores[index].item(), abs=1e-4)
 
 
-def test_benchmark(tokenizer, monkeypatch):
-    """The table has FLOPs as counted by hand, and what the times say."""
-    monkeypatch.setattr(evaluate, "MIN_SECONDS", 0.01)
-    tokens, model = [], tiny_model(tokenizer, 2)
-    shake_pairs(model)
-    model.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[1]))
-    rows = evaluate.inference_rows(model, 3, bf16=False, peak=1e9)
-    assert {(len(t), t.shape[1]) for t in tokens} == {(n, tokens[0].shape[1]) for n in (1, 3)}
-    assert [row[1] for row in rows] == [1, 3]
-    for _, images, milliseconds, speed, gflops, share, memory in rows:
-        assert gflops * 1e9 == pytest.approx(flops_by_hand(tokens[0].shape[1]))
-        assert speed == pytest.approx(1000 * images / milliseconds)
-        assert share == pytest.approx(100 * gflops * speed)  # of 1 GFLOP/s
-        assert 20 < memory < 100_000  # the process has loaded torch
+# --------------------------------------------------------------------------------- what others import
 
 
-def test_the_benchmark_times_compiled_code(tokenizer, monkeypatch):
-    """A compiled model is compiled when it is timed; operations are counted all the same."""
-    monkeypatch.setattr(evaluate, "MIN_SECONDS", 0.01)
-    calls = []
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype(tokenizer, refer_root, dtype):
+    """ground, ground_texts, predict and attention_maps follow it, and give nearly the same."""
+    model, image = tiny_model(tokenizer, 1), plain_picture()
+    dataset = refer_dataset(model, refer_root, "val")
 
-    def backend(graph, inputs):
-        def run(*given):
-            calls.append(torch.utils._python_dispatch._get_current_dispatch_mode())
-            return graph.forward(*given)
+    def results():
+        box = torch.tensor(evaluate.ground(model, image, "red one"))
+        maps = evaluate.attention_maps(model, image, "red").values()
+        return [box, *evaluate.predict(model, dataset), *(100 * m.float() for m in maps)]
 
-        return run
-
-    model = tiny_model(tokenizer, 2)
-    model.compile(backend=backend)
-    *_, (_, _, _, _, gflops, _, _) = evaluate.inference_rows(model, 3, bf16=False, peak=1e9)
-    assert len(calls) > 10 and set(calls) == {None}  # never under the counter
-    assert gflops > 0.01
+    expected = results()
+    model.to(dtype)
+    for ours, theirs in zip(results(), expected):
+        torch.testing.assert_close(ours, theirs, atol=1.0, rtol=0.05)
 
 
-def test_benchmark_on_the_command_line(monkeypatch, checkpoint, capsys):
-    """--benchmark says what is trained and in all, and prints a line for each kind of use."""
-    monkeypatch.setattr(evaluate, "MIN_SECONDS", 0.01)
-    line = [checkpoint, "--benchmark", "--batch-size", 2, "--device", "cpu"]
-    assert command(monkeypatch, evaluate, *line) is None
-    model, _ = read_checkpoint(checkpoint)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    first, second, _, *lines = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"{total:,} parameters, {trained:,} of") and 0 < trained < total
-    assert f"{checkpoint} on cpu" in second
-    assert [line.split()[1] for line in lines[1:]] == ["1", "2"]
+def test_a_model_in_training_stays_as_it_was(tokenizer, refer_root):
+    """Module by module, whether it ends well or not; the tensors are plain ones, with which one can
+    go on to train, and no gradients hang on them."""
+    model, image = tiny_model(tokenizer, 1).train(), plain_picture()
+    model.clip.eval()  # as many keep what is frozen
+    modes = [module.training for module in model.modules()]
+    tensors = [
+        evaluate.ground_texts(model, image, "red one")[0].region_map,
+        *evaluate.predict(model, refer_dataset(model, refer_root, "val")),
+        *evaluate.attention_maps(model, image, "a").values(),
+    ]
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in tensors)
+    sample = data.Sample("absent.jpg", "a", (0, 0, 9, 9))
+    with pytest.raises(HiVGError):
+        evaluate.predict(model, data.GroundingDataset([sample], "val", 64, tokenizer))
+    assert modes == [module.training for module in model.modules()] and torch.is_grad_enabled()
 
 
-# -------------------------------------------------------------------------------------------- attention maps
+def test_texts_are_one_or_several_or_none(tokenizer):
+    """A str is one text, [] is []; a text that says nothing is an error."""
+    model, image = tiny_model(tokenizer), plain_picture()
+    texts = ["dog", "the red one on the left"]
+    (one,), both = (evaluate.ground_texts(model, image, given) for given in ("dog", iter(texts)))
+    assert one.box == pytest.approx(both[0].box, abs=1e-3) and len(both) == 2
+    assert one.box == evaluate.ground(model, image, "dog") != both[1].box
+    assert evaluate.ground_texts(model, image, []) == []
+    with pytest.raises(HiVGError, match="empty"):
+        evaluate.ground_texts(model, image, ["dog", "&nbsp;"])
+
+
+def seen_by(model, image, text):
+    """(normalised image, tokens, padding) as the model sees them."""
+    square, geometry = data.preprocess(image, model.config.image_size)
+    batch = {"image": square[None], "inner": torch.tensor([geometry.inner])}
+    batch = model.inputs(batch | {"tokens": model.tokenize(text)})
+    return batch["image"], batch["tokens"], batch["padding"]
+
+
+@torch.no_grad()
+def test_the_score_is_the_top_of_the_region_map(tokenizer):
+    """sigmoid(s_p) by patch, 0 in the padding, and its top."""
+    model, picture = tiny_model(tokenizer, 1), plain_picture(60, 20)
+    texts = ["red one", "the blue one"]
+    for text, found in zip(texts, evaluate.ground_texts(model, picture, texts)):
+        expected = model(*seen_by(model, picture, text)).region_logits.sigmoid().view(4, 4)
+        expected[[0, 3]] = 0  # 60 x 20: the bars are padding
+        close(found.region_map, expected)
+        assert found.score == found.region_map.max() and 0 < found.score < 1
 
 
 def softmax_by_hand(q, k, heads, padding=None):
     """Attention of the first query: q [Nq, d], k [Nk, d], padding [Nk] bool -> [Nk], mean over heads."""
-    each = q.shape[-1] // heads
-    rows = []
-    for head in range(heads):
-        columns = slice(head * each, (head + 1) * each)
-        logits = k[:, columns] @ q[0, columns] / math.sqrt(each)
-        if padding is not None:
-            logits[padding] = -math.inf
-        rows.append(logits.softmax(dim=0))
-    return sum(rows) / heads
+    q, k = (x.unflatten(-1, (heads, -1)) for x in (q, k))  # [N, heads, d / heads]
+    logits = torch.einsum("hc,khc->hk", q[0], k) / math.sqrt(k.shape[-1])
+    if padding is not None:
+        logits[:, padding] = -math.inf
+    return logits.softmax(dim=1).mean(dim=0)
 
 
-@torch.inference_mode()
-def test_the_score_is_the_top_of_the_region_map(tokenizer):
-    """ground_texts gives the box of `ground`, sigmoid(s_p) by patch, 0 in the padding, and its top."""
-    model, picture = tiny_model(tokenizer, 1), plain_picture(60, 20)
-    texts = ["red one", "the blue one"]
-    square, geometry = data.preprocess(picture, 64)
-    inner = torch.tensor([geometry.inner])
-    images, padding = data.normalise(square[None], inner, model.config.mean, model.config.std)
-    for text, found in zip(texts, evaluate.ground_texts(model, picture, texts)):
-        assert found.box == pytest.approx(evaluate.ground(model, picture, text), abs=1e-3)
-        logits = model(images, model.tokenize(text), padding, for_losses=True).region_logits
-        expected = logits.sigmoid().view(4, 4)
-        expected[[0, 3]] = 0  # 60 x 20: the bars are padding
-        torch.testing.assert_close(found.region_map, expected, atol=1e-5, rtol=0)
-        assert found.score == found.region_map.max() and 0 < found.score < 1
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def test_attention_maps_by_hand(tokenizer):
     """[CLS] in the first layer and [REG] in the last, on a picture with bars of padding: as by hand."""
-    model = tiny_model(tokenizer, 1)
-    picture = plain_picture(60, 20)
-    seen = []
-    hook = model.grounding_layers[-1].register_forward_pre_hook(
-        lambda module, inputs: seen.append(inputs)
-    )
+    model, picture, seen = tiny_model(tokenizer, 1), plain_picture(60, 20), []
+    shake_pairs(model)
+    layer = model.grounding_layers[-1]
+    hook = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     maps = evaluate.attention_maps(model, picture, "red one")
     hook.remove()
     last = "[REG], grounding layer 2"
     assert list(maps) == [*(f"[CLS], layer {i}" for i in (1, 2, 4, 6)), last]
     assert all(weights.shape == (4, 4) and 0 < weights.sum() <= 1 for weights in maps.values())
-
-    block = model.clip.visual.transformer.resblocks[0]
-    square, geometry = data.preprocess(picture, 64)
-    inner = torch.tensor([geometry.inner])
-    images, _ = data.normalise(square[None], inner, model.config.mean, model.config.std)
-    x = block.ln_1(model.clip.visual.embed(images))[0]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    block = model.visual_blocks[0]
+    x = block.ln_1(model.clip.visual.embed(seen_by(model, picture, "red one")[0]))[0]
     q, k, _ = block.attn.in_proj(x).chunk(3, dim=-1)
-    weights = softmax_by_hand(q, k, block.attn.heads)
-    torch.testing.assert_close(maps["[CLS], layer 1"], weights[1:].view(4, 4))
-
-    (z, positions, padding, _), layer = seen[0], model.grounding_layers[-1]
+    close(maps["[CLS], layer 1"], softmax_by_hand(q, k, block.attn.heads)[1:].view(4, 4))
+    z, positions, padding = seen[0]
     key = layer.norm_1(z[0]) + positions
     projected = layer.attention.q_proj(key), layer.attention.k_proj(key)
     weights = softmax_by_hand(*projected, layer.attention.heads, padding[0])
-    assert weights.sum().item() == pytest.approx(1)
-    torch.testing.assert_close(maps[last], weights[2:18].view(4, 4))
+    close(maps[last], weights[2:18].view(4, 4))
     assert not maps[last][[0, 3]].any() and maps[last][1:3].all()  # 60 x 20: the bars are padding
+
+
+# ------------------------------------------------------------------------------------------ drawings
 
 
 def test_overlay_cuts_the_padding_away():
@@ -204,8 +209,8 @@ def test_overlay_cuts_the_padding_away():
     drawn = evaluate.attention_overlay(Image.new("RGB", (80, 40), "black"), weights, 64)
     assert drawn.size == (64, 32)
     none, half, most = (
-        [0.6 * channel for channel in colour]
-        for colour in (evaluate.NO_ATTENTION, evaluate.HALF, evaluate.FULL_ATTENTION)
+        [0.6 * channel for channel in ImageColor.getrgb(name)]
+        for name in (evaluate.NO_ATTENTION, evaluate.HALF, evaluate.FULL_ATTENTION)
     )
     for place, colour in {(60, 2): most, (2, 28): half, (40, 28): none}.items():
         assert drawn.getpixel(place) == pytest.approx(colour, abs=2), place
@@ -213,119 +218,160 @@ def test_overlay_cuts_the_padding_away():
     assert drawn.getpixel((60, 2)) == pytest.approx(half, abs=2)
 
 
-def test_attention_on_the_command_line(monkeypatch, checkpoint, tmp_path, capsys):
-    """--attention draws a row of panels for each text: the box, the region map, four layers of V,
-    [REG]."""
-    plain_picture(90, 40).save(tmp_path / "photo.png")
-    line = [checkpoint, "--image", tmp_path / "photo.png", "--text", "red one", "blue one"]
-    out = tmp_path / "maps.png"
-    assert command(monkeypatch, evaluate, *line, "--attention", "--output", out) is None
-    sheet = Image.open(out)
-    assert sheet.size == (7 * 248, 2 * 284)
-    for row in range(2):
-        for column in range(7):
-            panel = sheet.crop((column * 248, row * 284, column * 248 + 248, row * 284 + 248))
-            assert len(panel.getcolors(10_000)) > 3, (row, column)
-    printed = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in printed[:2]] == ["red one", "blue one"]
-    model = load_checkpoint(checkpoint)
-    box = evaluate.ground(model, data.load_image(tmp_path / "photo.png"), "blue one")
-    assert list(map(float, printed[1].split(": ")[2].split())) == pytest.approx(box, abs=0.06)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (3000, 4), (4, 3000)])
-def test_attention_of_extreme_shapes(tokenizer, size):
-    """A single pixel and very long strips have maps and a picture, too."""
-    model, picture = tiny_model(tokenizer), Image.new("RGB", size)
-    maps = evaluate.attention_maps(model, picture, "red one")
-    panels = [(evaluate.attention_overlay(picture, maps[name], 64), name) for name in maps]
-    assert evaluate.image_grid(panels, columns=5).size == (5 * 248, 284)
+def test_extreme_shapes(tokenizer, tmp_path, size):
+    """A single pixel and very long strips are evaluated and drawn like any other picture."""
+    model, image = tiny_model(tokenizer), Image.new("RGB", size)
+    make_refer(tmp_path, [{"image": image, "bbox": [0, 0, *size], "split": "val"}])
+    annotations = data.read_annotations("refcoco", tmp_path)
+    evaluate.evaluate_splits(model, "refcoco", annotations, tmp_path, ["val"])
+    assert (tmp_path / "results_refcoco_val.json").exists()
+    groundings = evaluate.ground_texts(model, image, "red one")
+    sheet = evaluate.attention_sheet(model, image, ["red one"], groundings)
+    assert sheet.size == (7 * 248, 284)
 
 
-# ---------------------------------------------------------------------------------------------------- curves
+def test_one_picture_on_the_command_line(checkpoint, tmp_path, capsys):
+    """A box inside the picture, in its upright pixels, is printed and drawn; with --attention a row
+    of panels for each text: the box, the region map, four layers of V, [REG]."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain_picture(60, 100).save(tmp_path / "photo.jpg", exif=exif)
+    line = ["image", checkpoint, tmp_path / "photo.jpg", "Red ONE"]
+    assert exit_of(evaluate, *line, "--output", tmp_path / "found.png") is None
+    printed = capsys.readouterr().out.splitlines()[0].rsplit(": ", 1)[1]
+    x1, y1, x2, y2 = box = [*map(float, printed.split())]
+    assert 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 60
+    image = data.load_image(tmp_path / "photo.jpg")
+    expected = evaluate.ground(load_checkpoint(checkpoint), image, "red one")
+    assert box == pytest.approx(expected, abs=0.06)
+    drawn = np.asarray(Image.open(tmp_path / "found.png"))
+    assert drawn.shape == (300, 500, 3)  # small images are enlarged
+    assert (drawn == evaluate.COLOURS[0]).all(axis=2).sum() > 200
+    line += ["blue one", "--attention", "--output", tmp_path / "maps.png"]
+    assert exit_of(evaluate, *line) is None
+    sheet = Image.open(tmp_path / "maps.png")
+    assert sheet.size == (7 * 248, 2 * 284)
+    for x in range(0, 7 * 248, 248):
+        for y in (0, 284):
+            assert len(sheet.crop((x, y, x + 248, y + 248)).getcolors(10_000)) > 3, (x, y)
 
 
-@pytest.fixture
-def logs(tmp_path):
-    """Two runs' log.jsonl: a warm-up and stage 1; the second begins with a warm-up without bridges."""
-    for name, first in (("hilora", 0), ("vanilla", -1)):
-        (tmp_path / name).mkdir()
-        with open(tmp_path / name / "log.jsonl", "w") as file:
-            for stage in range(first, 2):
-                for epoch in (-1, 0, 1):
-                    entry = {"stage": stage, "epoch": epoch, "split": "val"}
-                    file.write(json.dumps(entry | {"acc": 30 + 20 * stage + 5 * epoch}) + "\n")
-    return [tmp_path / name / "log.jsonl" for name in ("hilora", "vanilla")]
+# ------------------------------------------------------------------------------------------- curves
 
 
-def test_curve(monkeypatch, logs, tmp_path):
-    """A line for each run, named by its folder; entries of epoch -1 stand where the stage before ended."""
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    line = ["--curve", *logs, "--output", tmp_path / "curve.png"]
-    assert command(monkeypatch, evaluate, *line) is None
-    assert Image.open(tmp_path / "curve.png").size == (960, 540)
-    axes = pyplot.gcf().axes[0]
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert drawn["hilora"] == [[0, 25], [1, 30], [2, 35], [2, 45], [3, 50], [4, 55]]
-    assert len(drawn["vanilla"]) == 9
-    marks = {(text.get_position()[0], text.get_text()) for text in axes.texts}
-    assert marks == {
-        *((0, "warm-up"), (2, "stage 1")),
-        *((0, "warm-up without bridges"), (2, "warm-up"), (4, "stage 1")),
-    }
+def test_curve(monkeypatch, tmp_path):
+    """A line for each run, named by its folder; epoch -1 stands where the stage before ended."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, real = [], figure.savefig
+    monkeypatch.setattr(figure, "savefig", lambda self, *a: drawn.append(self) or real(self, *a))
+    lines = [
+        {"stage": stage, "epoch": epoch, "split": "val", "acc": 30 + 20 * stage + 5 * epoch}
+        for stage in (0, 1)
+        for epoch in (-1, 0, 1)
+    ]
+    for name in ("hilora", "vanilla"):
+        clip_model.write_text(tmp_path / name / "log.jsonl", "\n".join(map(json.dumps, lines)))
+    line = ["curve", *sorted(tmp_path.glob("*/log.jsonl")), "--output", tmp_path / "curve.png"]
+    assert exit_of(evaluate, *line) is None and Image.open(tmp_path / "curve.png")
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    points = [[0, 25], [1, 30], [2, 35], [2, 45], [3, 50], [4, 55]]
+    assert lines == {"hilora": points, "vanilla": points} and "val" in axes.get_ylabel()
 
 
-def test_curve_without_matplotlib(monkeypatch, logs, tmp_path):
-    """It is asked for by name."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = ["--curve", *logs, "--output", tmp_path / "curve.png"]
-    code = command(monkeypatch, evaluate, *line)
-    assert code.startswith("error: ") and "pip install matplotlib" in code and "\n" not in code
+@pytest.mark.parametrize(
+    "content", [None, "", "no json", "[1, 2]", '{"stage": 0}', "no matplotlib"]
+)
+def test_curve_of_no_log(monkeypatch, tmp_path, content):
+    """A file that is missing, empty or no log is told by name; so is matplotlib if it is missing."""
+    pytest.importorskip("matplotlib")
+    log, says = tmp_path / "log.jsonl", tmp_path / "log.jsonl"
+    if content == "no matplotlib":
+        says = "pip install matplotlib"
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    elif content is not None:
+        log.write_text(content)
+    told(exit_of(evaluate, "curve", log, "--output", tmp_path / "curve.png"), says)
     assert not (tmp_path / "curve.png").exists()
 
 
-@pytest.mark.parametrize("content", [None, "", "no json", "[1, 2]", '{"stage": 0}'])
-def test_curve_of_no_log(monkeypatch, tmp_path, content):
-    """A file that is missing, empty or no log is told by name."""
-    pytest.importorskip("matplotlib")
-    if content is not None:
-        (tmp_path / "log.jsonl").write_text(content)
-    code = command(monkeypatch, evaluate, "--curve", tmp_path / "log.jsonl")
-    assert code.startswith(f"error: {tmp_path / 'log.jsonl'}") and "\n" not in code
+# ------------------------------------------------------------------------------------ the command line
 
 
-# ----------------------------------------------------------------------------------------- the command line
+def test_data_sets_on_the_command_line(checkpoint, refer_root, tmp_path, capsys):
+    """Two data sets: for each a table, results, and a JSON line for each expression, from whose boxes
+    the accuracies follow."""
+    names = "refcoco", "refcoco+"
+    for name in names:
+        (tmp_path / name).symlink_to(refer_root / "refcoco")
+    (tmp_path / "images").symlink_to(refer_root / "images")
+    line = ["dataset", checkpoint, *names, "--data-root", tmp_path, "--workers", 0, "--output"]
+    assert exit_of(evaluate, *line, tmp_path / "out") is None
+    assert capsys.readouterr().out.count("95 % interval") == 2
+    for name in names:
+        for row in json.loads((tmp_path / f"out/results_{name}.json").read_text())["results"]:
+            text = (tmp_path / f"out/boxes_{name}_{row['split']}.jsonl").read_text()
+            lines = [json.loads(line) for line in text.splitlines()]
+            assert len(lines) == row["expressions"] == {"val": 4, "testA": 2}[row["split"]]
+            assert all(Path(r["image"]).is_file() and r["text"].endswith(" one") for r in lines)
+            assert all(0 < r["score"] < 1 and r["split"] == row["split"] for r in lines)
+            true, found = (torch.tensor([r[key] for r in lines]) for key in ("true", "found"))
+            iou = box_iou(found, true)
+            assert iou.tolist() == pytest.approx([r["iou"] for r in lines], abs=1e-3)
+            for key, threshold in (("acc", 0.5), ("acc70", 0.7), ("acc90", 0.9)):
+                share = (iou >= threshold).float().mean().item()
+                assert row[key] == pytest.approx(100 * share, abs=0.01)
+    more = "--split", "testA", "--bf16", "--batch-size", 1
+    assert exit_of(evaluate, *line, tmp_path / "one", *more) is None
+    files = "results_{}_testA.json", "boxes_{}_testA.jsonl", "{}_testA.png"
+    assert set(os.listdir(tmp_path / "one")) == {f.format(name) for f in files for name in names}
+
+
+@pytest.mark.parametrize("more", [("--split", "val", "testX"), ()])
+def test_what_is_missing_is_told_before_the_first_split(checkpoint, tmp_path, more):
+    """A split that is not there, or an image of the last one: nothing has been evaluated yet."""
+    make_refer(tmp_path, [{"split": "val"}, {"split": "testB", "image": None}])
+    line = ["dataset", checkpoint, "refcoco", "--data-root", tmp_path, "--output", tmp_path / "out"]
+    told(exit_of(evaluate, *line, "--workers", 0, *more), "testX" if more else "000002.jpg")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({1: "absent.pt"}, "absent.pt"),
+        ({1: "text.jpg"}, "text.jpg"),
+        ({1: "clip.pt"}, "clip.pt"),
+        ({2: "absent.jpg"}, "absent.jpg"),
+        ({2: "half.jpg"}, "half.jpg"),
+        ({3: "  \t"}, "empty"),
+        ({5: "found.txt"}, "found.txt"),
+        ({5: "photo.jpg/found.png"}, "found.png"),
+        ({5: "link.jpg"}, "would overwrite"),
+    ],
+)
+def test_bad_input_of_evaluate_is_one_sentence(monkeypatch, tmp_path, checkpoint, change, says):
+    """Whatever is wrong is said in one sentence that names it; the user's photograph stays."""
+    monkeypatch.chdir(tmp_path)
+    plain_picture(100, 100).save("photo.jpg")
+    Path("link.jpg").symlink_to("photo.jpg")
+    content = Path("photo.jpg").read_bytes()
+    Path("half.jpg").write_bytes(content[:900])
+    Path("text.jpg").write_text("no picture and no checkpoint")
+    save_clip(tiny_clip(), "clip.pt")
+    line = ["image", checkpoint, "photo.jpg", "red one", "--output", "found.png"]
+    for place, word in change.items():
+        line[place] = word
+    told(exit_of(evaluate, *line), says)
+    assert not Path("found.png").exists() and Path("photo.jpg").read_bytes() == content
 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        "",
-        "best.pt",
-        "--benchmark",
-        "--dataset refcoco",
-        "best.pt --curve log.jsonl",
-        "best.pt --benchmark --dataset refcoco",
-        "best.pt --image a.jpg",
-        "best.pt --image a.jpg --text red --dataset refcoco",
-        "best.pt --dataset refcoco --text red",
-        "best.pt --image a.jpg --text red --save-boxes boxes.jsonl",
-        "best.pt --benchmark --attention",
-        "best.pt --image a.jpg --text red --bf16",
-        "best.pt --dataset refcoco --batch-size 3",
-        "best.pt --benchmark --output a.png",
-        "--curve log.jsonl --device cpu",
-        "best.pt --benchmark --batch-size 0",
-        "best.pt --benchmark --batch-size many",
-    ],
+    ["", "best.pt", "image best.pt a.jpg", "image best.pt a.jpg x --bf16", "dataset best.pt"]
+    + ["dataset best.pt cocoa", "dataset best.pt refcoco --batch-size 0", "curve"],
 )
-def test_what_makes_no_sense_is_refused(monkeypatch, line):
+def test_what_makes_no_sense_is_refused(line):
     """argparse says so, with its own exit status 2, before anything is read."""
-    assert command(monkeypatch, evaluate, *line.split()) == 2
-
-
-def test_the_checkpoint_may_come_last(monkeypatch, checkpoint, refer_root, tmp_path):
-    """Options first, then the checkpoint: the same."""
-    line = ["--dataset", "refcoco", "--data-root", refer_root, "--output", tmp_path / "out"]
-    assert command(monkeypatch, evaluate, *line, checkpoint) is None
-    assert (tmp_path / "out/results_refcoco.json").exists()
+    assert exit_of(evaluate, *line.split()) == 2

@@ -1,7 +1,7 @@
-"""Nothing is lost: runs that are killed, stopped or resumed; losses that are not finite; float16."""
+"""Nothing is lost: runs that are killed, stopped or resumed, that diverge, or that fill the disk."""
 
-import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,285 +11,292 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_train import command, log_of, words_of
+from test_train import exit_of, log_of, told, words_of
 
 import data
-import evaluate
 import train
-from clip_model import Tokenizer
 from hivg import load_checkpoint
 
-# A program that trains and gets a signal when it is about to call a function for the n-th time. At
-# "save" the file is half written.
-SCRIPT = """
-import os, sys
-import torch, train
-name, count, number, *sys.argv[1:] = sys.argv[1:]
-place = {"save": torch, "summary": train.evaluate}.get(name, train)
-real, calls = getattr(place, name), []
-def call(*given, **more):
-    calls.append(1)
-    if len(calls) == int(count):
-        if name == "save":
-            given[1].write_bytes(b"half")
-        os.kill(os.getpid(), int(number))
-    return real(*given, **more)
-setattr(place, name, call)
-train.main()
-"""
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit for bit: a process that is forked computes with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
-def run_and_signal(folder, name, count, number, words):
-    """Run train.py and send it a signal at the count-th call of a function: (status, stderr)."""
-    (folder / "script.py").write_text(SCRIPT)
-    line = [sys.executable, folder / "script.py", name, count, int(number), *words]
-    environment = os.environ | {"PYTHONPATH": str(Path(train.__file__).parent)}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    done = subprocess.run(
-        list(map(str, line)), capture_output=True, text=True, env=environment, timeout=60
-    )
-    return done.returncode, done.stderr
+@pytest.fixture(scope="module")
+def augmented(refer_root, clip_file):
+    """augmented(output, ...): the words of a run of two stages of three epochs of two steps, with
+    augmentation and dropout."""
 
+    def words(output, *more):
+        line = words_of(refer_root, clip_file, output, "--model", "groups=1", *more, epochs=3)
+        return [word for word in line if word != "--no-augment"]
 
-def augmented(refer_root, clip_file, output, *more):
-    """A run of six epochs of four steps, over two stages, with augmentation and dropout."""
-    words = words_of(refer_root, clip_file, output, "--workers", 0, "--groups", 1, *more)
-    words.remove("--no-augment")
-    words[words.index("--batch-size") + 1] = 2
-    words[words.index("--epochs") + 1] = 3
     return words
 
 
 @pytest.fixture(scope="module")
-def whole(refer_root, clip_file, tmp_path_factory):
+def whole(augmented, tmp_path_factory):
     """A run that nothing stopped."""
     output = tmp_path_factory.mktemp("whole") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        assert command(patch, train, *augmented(refer_root, clip_file, output)) is None
+    assert exit_of(train, *augmented(output)) is None
     return output
 
 
 def assert_same_run(output, whole):
-    """The log, times aside, and every weight are the same, bit for bit."""
-    assert log_of(output) == log_of(whole)
+    """The log, every weight, the optimiser and the results are the same, bit for bit."""
+    for name in ("log.jsonl", "results_refcoco.json"):
+        assert (output / name).read_text() == (whole / name).read_text()
     for name in ("best.pt", "last.pt"):
-        ours, theirs = (load_checkpoint(folder / name).state_dict() for folder in (output, whole))
-        assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items()), name
+        ours, theirs = (torch.load(folder / name) for folder in (output, whole))
+        for part in {"model", "optimizer"} & theirs.keys():
+            torch.testing.assert_close(ours[part], theirs[part], atol=0, rtol=0)
+
+
+def interrupt(patch, name, count, stop):
+    """Call `stop` when the program is about to call train.NAME for the count-th time, or when half
+    of the file NAME is written for the count-th time."""
+    calls, is_file = [], name.endswith(".pt")
+    place = torch if is_file else train
+    real = getattr(place, "save" if is_file else name)
+
+    def call(*given, **more):
+        if not is_file or name in str(given[1]):
+            calls.append(1)
+            if len(calls) == count:
+                if is_file:
+                    Path(given[1]).write_bytes(b"half")
+                stop()
+        return real(*given, **more)
+
+    patch.setattr(place, "save" if is_file else name, call)
+
+
+def killed_run(name, count, words):
+    """What a process of its own does: train until it is killed."""
+    interrupt(pytest.MonkeyPatch(), name, count, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sys.argv = ["train.py", *words]
+    train.main()
 
 
 @pytest.mark.parametrize(
     "name, count, done",
     [
-        ("train_step", 2, 0),  # before the first checkpoint
-        ("train_step", 7, 1),  # within the second epoch
-        ("summary", 4, 3),  # at the entry of the second stage
-        ("save", 3, 1),  # while best.pt is written
-        ("save", 4, 1),  # while last.pt is written, after best.pt
-        ("save", 8, 3),  # the same, at the entry of the second stage
+        ("best.pt", 1, 0),  # before the first checkpoint: --resume starts from nothing
+        ("train_step", 2, 1),  # within the first epoch
+        ("summary", 4, 3),  # after the last epoch of a stage, before it is chosen
+        ("last.pt", 5, 4),  # after best.pt was written, at the entry of the second stage
+        ("evaluate_splits", 1, 8),  # when all is trained
     ],
 )
-def test_a_killed_run_resumes_exactly(
-    monkeypatch, refer_root, clip_file, tmp_path, whole, name, count, done
-):
-    """After SIGKILL at any moment, the same command with --resume ends with the log and weights of
-    a run that nothing stopped."""
+def test_a_killed_run_resumes_exactly(monkeypatch, augmented, tmp_path, whole, name, count, done):
+    """After SIGKILL at any moment, the same command with --resume ends with the log, weights and
+    results of a run that nothing stopped."""
     output = tmp_path / "run"
-    words = augmented(refer_root, clip_file, output)
-    code, _ = run_and_signal(tmp_path, name, count, signal.SIGKILL, words)
-    assert code == -signal.SIGKILL and (output / "last.pt").exists() == (done > 0)
+    words = augmented(output)
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=killed_run, args=(name, count, words))
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGKILL and (output / "last.pt").exists() == (done > 0)
     if done:
-        assert len(torch.load(output / "last.pt", weights_only=True)["log"]) == done
+        assert len(torch.load(output / "last.pt")["log"]) == done
         load_checkpoint(output / "best.pt")
-    assert command(monkeypatch, train, *words, "--resume") is None
+    steps, real = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *given: steps.append(1) or real(*given))
+    assert exit_of(train, *words, "--resume") is None
+    epochs = max(0, done - 1) if done < 5 else done - 2
+    assert len(steps) == 12 - 2 * epochs  # what was done is not done again
     assert_same_run(output, whole)
 
 
-def test_ctrl_c_ends_at_once_with_one_sentence(monkeypatch, refer_root, clip_file, tmp_path, whole):
-    """Ctrl-C within an epoch ends the run; what was finished is kept, and --resume goes on."""
+SCRIPT = """
+import os, signal, sys
+import train
+real, calls = train.train_step, []
+def step(*given):
+    calls.append(1)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*given)
+train.train_step = step
+train.main()
+"""
+
+
+def test_ctrl_c_and_the_log_of_a_cluster(augmented, tmp_path, whole, capfd):
+    """In a process of its own, with workers: Ctrl-C ends it at once, with one sentence and status 1;
+    what was finished is kept. Where stderr is no terminal, next to nothing is written there."""
     output = tmp_path / "run"
-    words = augmented(refer_root, clip_file, output, "--workers", 2)
-    code, said = run_and_signal(tmp_path, "train_step", 6, signal.SIGINT, words)
-    said = said.strip().split("\r")[-1].strip().splitlines()[-1]
-    assert code == 1 and said.startswith("stopped by Ctrl-C") and "--resume" in said
-    assert len(log_of(output)) == 1
-    assert command(monkeypatch, train, *words, "--resume") is None
+    words = augmented(output, "--workers", 1)
+    environment = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-c", SCRIPT, *words]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 1 and said[-1].startswith("stopped by Ctrl-C") and len(said) < 3
+    assert "--resume" in said[-1] and len(log_of(output)) == 2
+    assert exit_of(train, *words, "--resume") is None
+    printed = capfd.readouterr()
+    assert printed.err.count("\n") < 30 and not printed.err.strip()
+    assert printed.out.count("val Acc@0.5") == 6  # a line for each epoch that was left
     assert_same_run(output, whole)
 
 
-def test_resume_starts_a_run_that_is_not_there(monkeypatch, refer_root, clip_file, tmp_path, whole):
-    """--resume without a last.pt starts from nothing: one command serves a job that is requeued."""
-    words = augmented(refer_root, clip_file, tmp_path / "run", "--resume")
-    assert command(monkeypatch, train, *words) is None
-    assert_same_run(tmp_path / "run", whole)
+@pytest.fixture(scope="module")
+def second_epoch(augmented, tmp_path_factory):
+    """The folder of a run that was stopped in its second epoch."""
+    output = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "train_step", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        code = exit_of(train, *augmented(output))
+    assert code.startswith("stopped by Ctrl-C")
+    return output
 
 
 @pytest.fixture
-def stopped(monkeypatch, refer_root, clip_file, tmp_path):
-    """The folder of a run that was stopped in its second epoch, and its words."""
-    output = tmp_path / "run"
-    words = augmented(refer_root, clip_file, output)
-    calls, real = [], train.train_epoch
-
-    def stop(*given):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", stop)
-        assert command(patch, train, *words).startswith("stopped by Ctrl-C")
-    return output, words
+def stopped(second_epoch, augmented, tmp_path):
+    """A copy of that folder, and the words that go on there."""
+    output = shutil.copytree(second_epoch, tmp_path / "run")
+    return output, augmented(output, "--resume")
 
 
 def test_flags_that_do_not_change_the_result_take_effect(monkeypatch, stopped, tmp_path, whole):
-    """A resumed run takes workers, device, data root, output, checkpointing from the new command."""
-    output, words = stopped
-    moved, elsewhere = output.rename(tmp_path / "moved"), tmp_path / "elsewhere"
-    root = words[words.index("--data-root") + 1]
-    shutil.copytree(root, elsewhere)
-    seen, real = [], train.train_epoch
+    """A resumed run takes workers, data root, output and checkpointing from the new command, and ends
+    as the one that nothing stopped."""
+    _, words = stopped
+    elsewhere = shutil.copytree(words[words.index("--data-root") + 1], tmp_path / "elsewhere")
+    seen, real = [], train.train_step
 
-    def train_epoch(model, *more):
-        settings = more[-3]
-        seen.append((model.checkpointing, settings.workers))
+    def train_step(model, *more):
+        seen.append((model.checkpointing, more[4].workers))
         return real(model, *more)
 
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
-    line = ["--dataset", "refcoco", "--resume", "--output", moved, "--data-root", elsewhere]
-    assert command(monkeypatch, train, *line, "--workers", 1, "--checkpointing") is None
-    assert seen == [(True, 1)] * 5
-    settings = json.loads((moved / "config.json").read_text())["settings"]
-    assert settings["data_root"] == str(elsewhere) and settings["output"] == str(moved)
-    assert log_of(moved)[:2] == log_of(whole)[:2]
-    assert len(log_of(moved)) == len(log_of(whole))
+    monkeypatch.setattr(train, "train_step", train_step)
+    more = "--data-root", elsewhere, "--workers", 1, "--checkpointing"
+    assert exit_of(train, *words, *more) is None
+    assert seen == [(True, 1)] * 10
+    assert torch.load(tmp_path / "run/last.pt")["args"]["data_root"] == str(elsewhere)
+    for ours, theirs in zip(log_of(tmp_path / "run"), log_of(whole), strict=True):
+        assert ours["miou"] == pytest.approx(theirs["miou"], abs=0.1)
 
 
 def test_a_run_goes_on_another_kind_of_device(monkeypatch, stopped):
-    """What began in float32 can be resumed where float16 is computed, and ends."""
+    """What began in float32 can be resumed where float16 is computed, and ends there or here."""
     output, words = stopped
-    monkeypatch.setattr(train, "autocast_dtype", lambda device: torch.float16)
-    assert command(monkeypatch, train, *words, "--resume") is None
-    assert len(log_of(output)) == 7 and torch.load(output / "last.pt")["scaler"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "autocast_dtype", lambda device: torch.float16)
+        interrupt(patch, "train_step", 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert exit_of(train, *words).startswith("stopped by Ctrl-C")
+    assert len(log_of(output)) == 3 and torch.load(output / "last.pt")["scaler"]
+    assert exit_of(train, *words) is None and len(log_of(output)) == 8
 
 
 @pytest.mark.parametrize(
     "flags",
-    [
-        "--lr 1e-5",
-        "--epochs 7",
-        "--batch-size 4",
-        "--seed 1",
-        "--rank 4",
-        "--no-augment",
-        "--loss clc=0",
-        "--accumulate 2",
-        "--adapters none",
-        "--no-bridges",
-        "--dataset refcoco refcoco+",
-    ],
+    ["--lr 1e-5", "--epochs 7", "--batch-size 2", "--batches 2", "--seed 1", "--loss clc=0"]
+    + ["--model groups=1 rank=4", "--no-augment", "--dataset refcoco refcoco+", "--select testA"]
+    + ["--preset large", "--clip other.pt"],
 )
 def test_other_flags_that_differ_are_an_error(monkeypatch, stopped, flags):
-    """A flag that would change the result of a resumed run is refused by name; the same is not."""
+    """A flag that would change the result of a resumed run is refused by name, at the start."""
     output, words = stopped
     before = (output / "last.pt").read_bytes()
     if "--dataset" in flags:  # both have files
-        root = Path(words[words.index("--data-root") + 1])
-        monkeypatch.setattr(data, "check_files", lambda *given: root)
-    code = command(monkeypatch, train, *words, "--resume", *flags.split())
-    flag = {"--no-bridges": "--bridge-layers"}.get(flags, flags.split()[0])
-    assert code.startswith("error: ") and flag in code and "\n" not in code, code
+        monkeypatch.setattr(data, "read_annotations", lambda name, root: {})
+    more = flags.split()
+    told(exit_of(train, *words, *more), more[0])
     assert (output / "last.pt").read_bytes() == before
 
 
-def test_annotations_are_parsed_once_in_a_run(monkeypatch, refer_root, clip_file, tmp_path):
-    """Training, choosing, the account and the last evaluation share one reading of the files."""
-    read, real = [], data.read_refer
-    monkeypatch.setitem(
-        data.FAMILIES, "refer", (lambda *a: read.append(a) or real(*a), data.refer_entry)
-    )
-    assert command(monkeypatch, train, *augmented(refer_root, clip_file, tmp_path / "run")) is None
-    assert len(read) == 1
+@pytest.mark.parametrize("kind", ["best.pt", "last.pt", "train", "val"])
+def test_what_changed_beside_a_stopped_run_is_told_at_the_start(monkeypatch, stopped, kind):
+    """A checkpoint that is gone or damaged, lines that went: with the numbers then and now."""
+    output, words = stopped
+    real = data.read_annotations
+
+    def changed(name, root):
+        splits = real(name, root)
+        if kind in splits:
+            fewer = data.PackedSamples([*splits[kind].samples][1:])
+            splits[kind] = splits[kind]._replace(samples=fewer)
+        return splits
+
+    monkeypatch.setattr(data, "read_annotations", changed)
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it began to train"))
+    if kind == "best.pt":
+        (output / "best.pt").unlink()
+    if kind == "last.pt":
+        (output / "last.pt").write_bytes(b"garbage")
+    told(exit_of(train, *words), *{"train": (7, 8), "val": (3, 4)}.get(kind, [kind]))
 
 
 # ---------------------------------------------------------------------- losses that are not finite
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, refer_root, clip_file, tmp_path):
-    """It says stage, epoch, step, the losses and the samples; last.pt is of the last good epoch."""
-    output, real, calls = tmp_path / "run", train.compute_losses, []
-    words = augmented(refer_root, clip_file, output)
+def spoil(monkeypatch, steps):
+    """Let the losses of the steps with these numbers, from 1, be infinite. Gives the calls."""
+    calls, real = [], train.compute_losses
 
     def compute_losses(*given):
         calls.append(1)
         losses = real(*given)
-        if len(calls) == 7:
-            losses["giou"] = losses["giou"] * math.nan
+        if len(calls) in steps:
+            losses["giou"] = losses["giou"] * math.inf
         return losses
 
     monkeypatch.setattr(train, "compute_losses", compute_losses)
-    code = command(monkeypatch, train, *words)
-    assert "stage 0, epoch 1, step 2" in code and "giou nan" in code and "\n" not in code
-    assert "l1 nan" not in code
-    dataset = data.GroundingDataset("refcoco", "train", refer_root, 32)
-    for index in data.epoch_batches((0, 1, 1), 8, 2)[2].tolist():
-        assert Path(dataset.samples[index].image).name in code
-    assert len(torch.load(output / "last.pt", weights_only=True)["log"]) == 1
+    return calls
 
 
-def loss_curve(vocabulary, refer_root, dtype, steps=12):
-    """(losses of some steps on the same batch, the scales of the GradScaler) in float32 or float16."""
-    model = tiny_model(Tokenizer(vocabulary), stage=1).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 3e-3, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=dtype is torch.float16)
-    dataset = evaluate.open_split(model, "refcoco", "train", refer_root)
-    batch = data.collate(dataset.__getitems__(range(4)))
-    losses = []
-    for _ in range(steps):
-        step = [batch], [0], optimizer, scaler, train.LOSS_WEIGHTS, dtype
-        losses.append(train.train_step(model, *step))
-    weights = torch.tensor(list(train.LOSS_WEIGHTS.values()))
-    return torch.stack(losses) @ weights
+def test_one_overflow_of_float16_goes_on(monkeypatch, augmented, tmp_path):
+    """The scaler makes no step then, and the loss counts in no mean."""
+    monkeypatch.setattr(train, "autocast_dtype", lambda device: torch.float16)
+    calls = spoil(monkeypatch, [3])
+    words = augmented(tmp_path, "--epochs", 2, 0)
+    assert exit_of(train, *words) is None and len(calls) == 4
+    values = [value for line in log_of(tmp_path)[1:] for value in line["losses"].values()]
+    assert len(values) == 10 and all(map(math.isfinite, values))
+    assert torch.load(tmp_path / "last.pt")["scaler"]["scale"] < 2.0**16
 
 
-def test_float16_learns_as_float32_does(vocabulary, refer_root):
-    """Under float16 autocast with a GradScaler the loss falls as it does in float32."""
-    full, half = (loss_curve(vocabulary, refer_root, dtype) for dtype in (None, torch.float16))
-    assert full[-1] < 0.7 * full[0]
-    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+def test_overflow_again_and_again_stops(monkeypatch, augmented, tmp_path):
+    """At the next look at the losses, within the epoch."""
+    monkeypatch.setattr(train, "autocast_dtype", lambda device: torch.float16)
+    monkeypatch.setattr(train, "LOOK_EVERY", 3)
+    calls = spoil(monkeypatch, range(100))
+    words = augmented(tmp_path, "--batch-size", 1)
+    told(exit_of(train, *words), "not finite in stage 0, epoch 0")
+    assert len(calls) == 3 and len(log_of(tmp_path)) == 1
 
 
-def test_an_overflow_skips_the_step(vocabulary, refer_root):
-    """Gradients that overflow in float16 change no weight; the scale becomes smaller instead."""
-    model = tiny_model(Tokenizer(vocabulary), stage=1).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 3e-3, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
-    dataset = evaluate.open_split(model, "refcoco", "train", refer_root)
-    batch = data.collate(dataset.__getitems__(range(4)))
-    before = [p.detach().clone() for p in trained]
-    step = [batch], [0], optimizer, scaler, train.LOSS_WEIGHTS, torch.float16
-    assert train.train_step(model, *step).isfinite().all()
-    assert all(map(torch.equal, before, trained)) and scaler.get_scale() == 2.0**39
+@pytest.mark.parametrize("kind", ["rate", "last step"])
+def test_a_run_that_diverges_saves_nothing(monkeypatch, augmented, tmp_path, kind):
+    """A rate of 1e15, or one loss in the last step of an epoch: stopped before the weights are saved;
+    last.pt and best.pt are of the epoch before, whose model is fine."""
+    words = augmented(tmp_path)
+    if kind == "rate":
+        words += ["--lr", "1e15", "--batch-size", 8]
+    else:
+        spoil(monkeypatch, [2])
+    told(exit_of(train, *words), "not finite in stage 0, epoch 0", "--lr")
+    assert len(log_of(tmp_path)) == len(torch.load(tmp_path / "last.pt")["log"]) == 1
+    for name in ("best.pt", "last.pt"):
+        tensors = load_checkpoint(tmp_path / name).state_dict().values()
+        assert all(t.abs().max() < 100 for t in tensors)  # NaN neither
 
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError])  # torch.save raises the latter
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint(
-    monkeypatch, refer_root, clip_file, tmp_path, error
-):
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint(monkeypatch, augmented, tmp_path, error):
     """Writing fails with one sentence, and the last good checkpoint is still there."""
-    saves, real = [], torch.save
 
-    def save(content, path):
-        saves.append(path)
-        real(content, path)
-        if len(saves) == 4:
-            raise error("No space left on device")
+    def stop():
+        raise error("No space left on device")
 
-    monkeypatch.setattr(torch, "save", save)
-    code = command(monkeypatch, train, *augmented(refer_root, clip_file, tmp_path / "run"))
-    assert "No space left on device" in code and "\n" not in code
-    assert len(torch.load(tmp_path / "run/last.pt", weights_only=True)["log"]) == 1
+    interrupt(monkeypatch, "last.pt", 2, stop)
+    told(exit_of(train, *augmented(tmp_path / "run")), "No space left on device")
+    assert len(torch.load(tmp_path / "run/last.pt")["log"]) == 1
     assert not list((tmp_path / "run").glob(".*"))

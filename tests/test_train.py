@@ -1,28 +1,29 @@
-"""train.py and evaluate.py from end to end, in miniature, on a hand-made RefCOCO and a few shapes."""
+"""train.py: the plan of a run, its steps, its loops, and what it writes, in miniature."""
 
 import argparse
-import io
 import json
 import math
 import os
+import re
+import shlex
 import shutil
-import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_refer, plain_picture, tiny_clip, tiny_model
-from PIL import Image
+from conftest import close, make_refer, tiny_clip, tiny_model
+from PIL import Image, ImageColor
 
 import clip_model
 import data
 import evaluate
+import hivg
 import train
-from clip_model import CLIP, CLIPConfig, Tokenizer, load_clip, save_clip
-from hivg import HiVG, HiVGConfig, box_iou, load_checkpoint, save_checkpoint
+from clip_model import HiVGError, load_clip, save_clip
+from hivg import HiVGConfig, load_checkpoint
 
 
 def command(monkeypatch, module, *words):
@@ -34,490 +35,570 @@ def command(monkeypatch, module, *words):
         return stop.code
 
 
-def words_of(refer_root, clip_file, output, *more):
-    """The command line of a miniature run; two epochs in each stage, workers and augmentation off."""
+def exit_of(module, *words):
+    """The same, outside of a test as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        return command(patch, module, *words)
+
+
+def told(code, *words):
+    """A program ended with one sentence, which has these words."""
+    assert code.startswith("error: ") and "\n" not in code, code
+    assert all(str(word) in code for word in words), code
+
+
+def words_of(refer_root, clip_file, output, *more, epochs=2):
+    """The command line of a miniature run, without augmentation."""
     line = ["--dataset", "refcoco", "--data-root", refer_root, "--clip", clip_file]
-    line += ["--output", output, "--epochs", 2, "--batch-size", 4, "--lr", "3e-3"]
-    return [*line, "--accumulate", 1, "--no-augment", "--device", "cpu", *more]
+    line += ["--output", output, "--epochs", epochs, "--batch-size", 4, "--lr", "3e-3"]
+    line += ["--batches", 1, "--no-augment", "--device", "cpu", "--workers", 0]
+    return [*map(str, line), *map(str, more)]
 
 
 def log_of(output):
-    """The lines of log.jsonl, without the seconds."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    """The lines of log.jsonl, which is JSON: NaN is none."""
+    text = (output / "log.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
+def given(monkeypatch, line):
+    """The `args` that train.py makes of a command line."""
+    seen = []
+    monkeypatch.setattr(clip_model, "run_main", lambda run, args: seen.append(args))
+    assert exit_of(train, *line.split()) is None
+    return seen[0]
+
+
+# ----------------------------------------------------------------------------------------- the plan
+
+WARM_UP, LARGE_FIRST = (0, 60, 2.5e-4, 80), (-1, 10, 2.5e-4, 32)
+LARGE = [(0, 60, 2.5e-4, 32), (1, 10, 1e-4, 32), (2, 10, 5e-5, 32), (3, 10, 2.5e-5, 32)]
+PLANS = {  # what the authors' code does: stage, epochs, learning rate, batch
+    "refcoco": [WARM_UP, (1, 20, 1e-4, 60), (2, 20, 5e-5, 60), (3, 20, 2.5e-5, 40)],
+    "flickr30k": [(0, 30, *WARM_UP[2:])] + [(1, 5, 1e-4, 60), (2, 5, 5e-5, 60), (3, 5, 2.5e-5, 40)],
+    "refcoco referit": [(0, 60, 2.5e-4, 64)]
+    + [(1, 20, 1e-4, 64), (2, 20, 5e-5, 64), (3, 20, 2e-5, 64)],
+    "refcoco+ large": [LARGE_FIRST, *LARGE],
+    "referit large": [(-1, 5, 2.5e-4, 32), *LARGE],
+    "flickr30k large": [LARGE_FIRST, (0, 30, 2.5e-4, 32)]
+    + [(1, 5, 1e-4, 32), (2, 5, 5e-5, 32), (3, 5, 2.5e-5, 32)],
+    "refcoco refcoco+ large": [LARGE_FIRST, (0, 30, 2.5e-4, 32)]
+    + [(1, 10, 1e-4, 32), (2, 10, 5e-5, 32), (3, 10, 2e-5, 32)],
+}
+PLANS |= {"refcocog": PLANS["refcoco"], "own": PLANS["refcoco"]}
+
+
+def plan_of(monkeypatch, line, depth=12, size=100_000, groups=3):
+    """The plan for a CLIP of this depth and a train split of this size."""
+    clip = argparse.Namespace(config=argparse.Namespace(vision_layers=depth))
+    model = argparse.Namespace(clip=clip, config=HiVGConfig(groups=groups))
+    return train.make_plan(given(monkeypatch, "--dataset " + line), model, range(size))
+
+
+@pytest.mark.parametrize("words, rows", PLANS.items())
+def test_plans_of_the_authors(monkeypatch, words, rows):
+    """Epochs, rates and batches by data set and size of CLIP; seven batches a step, as they had seven
+    GPUs; an epoch sees every expression, but for what fills no step."""
+    names = words.removesuffix(" large")
+    plan = plan_of(monkeypatch, names, 12 if names == words else 24)
+    assert [tuple(stage[:4]) for stage in plan] == rows and not any(stage.hold for stage in plan)
+    args = given(monkeypatch, "--dataset " + names)
+    assert args.batches == (1 if names == "own" else 7)
+    assert args.loss == {"l1": 2, "giou": 2, "clc": 1, "focal": 20, "dice": 2}
+    assert [s.steps for s in plan] == [100_000 // (args.batches * s.batch_size) for s in plan]
+
+
+def test_flags_change_the_plan(monkeypatch):
+    """One value for all stages or one for each, more groups or fewer, another plan by name, no
+    warm-up without bridges after --init; small data make small batches."""
+    plan = plan_of(monkeypatch, "refcoco --epochs 7 --lr 1 2 3 4 --batch-size 5 --batches 2")
+    assert [s[1:4] for s in plan] == [(7, rate, 5) for rate in (1, 2, 3, 4)]
+    assert {s.steps for s in plan} == {10_000}
+    assert [s.number for s in plan_of(monkeypatch, "refcoco", groups=1)] == [0, 1]
+    assert [s.number for s in plan_of(monkeypatch, "refcoco", groups=5)] == [0, 1, 2, 3, 4, 5]
+    plan = plan_of(monkeypatch, "own --preset shapes --init a.pt --epochs 0 0 1 0")
+    assert [(s.number, s.hold) for s in plan] == [(2, 1.0)]
+    plan = plan_of(monkeypatch, "refcoco --batches 3", size=20)
+    assert {(s.batch_size, s.steps) for s in plan} == {(6, 1)}
+    for name, batch in (("shapes", 64), ("shapes-long", 128)):
+        assert plan_of(monkeypatch, name)[0].steps == train.EPOCH_SIZES[name] // batch
+    args = given(
+        monkeypatch, "--dataset own --model rank=4 --model alpha=2.5 --loss l1=1 --loss clc=0"
+    )
+    assert args.model == {"rank": 4, "alpha": 2.5}  # nothing that is given is dropped
+    assert (args.loss["l1"], args.loss["clc"], args.loss["giou"]) == (1, 0, 2)
+    for line in ("refcoco --lr 1 2 3", "refcoco --epochs 0", "refcoco --batches 100001"):
+        with pytest.raises(HiVGError, match="--"):
+            plan_of(monkeypatch, line)
+
+
+@pytest.mark.parametrize("hold", [0, 0.6, 1])
+def test_the_learning_rate(hold):
+    """It rises to its top in the first steps, stays there for a share `hold` of them, and falls as a
+    cosine to almost 0."""
+    steps, rising = 10_000, train.RISING_STEPS
+    rates = [train.learning_rate(step, steps, 2.0, hold) for step in range(steps)]
+    fall = max(rising, round(hold * steps))
+    assert rates[0] == pytest.approx(2 / rising) and rates[rising // 2] == pytest.approx(
+        1, abs=0.02
+    )
+    assert set(rates[rising:fall]) <= {2.0} and 1.99 < rates[rising] <= 2
+    assert rates[fall:] == sorted(rates[fall:], reverse=True)
+    if hold < 1:
+        assert rates[round(steps * (1 + hold) / 2)] == pytest.approx(1, abs=0.01)
+        assert 0 <= rates[-1] < 1e-4
+    assert train.learning_rate(0, 1, 2.0) > 0  # a stage of one step does something
+
+
+# ----------------------------------------------------------------------------------------- the step
+
+
+@pytest.fixture
+def batches(tokenizer, refer_root):
+    """Two batches of four different expressions."""
+    dataset = refer_dataset(tiny_model(tokenizer), refer_root, "train")
+    return [data.collate([dataset[i] for i in places]) for places in (range(4), range(4, 8))]
+
+
+def refer_dataset(model, root, split, **options):
+    annotations = {"refcoco": data.read_annotations("refcoco", root)}
+    return evaluate.grounding_dataset(model, annotations, split, **options)
+
+
+def step_args(count=1, **loss):
+    return argparse.Namespace(batches=count, loss=hivg.LOSS_WEIGHTS | loss)
+
+
+def gradients_at_step(model, optimizer):
+    """A dict that is filled with the gradients with which the optimiser steps."""
+    found = {}
+
+    def keep(*_):
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        found.update({name: p.grad.clone() for name, p in trained})
+
+    optimizer.register_step_pre_hook(keep)
+    return found
+
+
+def test_a_step_follows_the_mean_of_its_batches(monkeypatch, tokenizer, batches):
+    """The gradients of two accumulated batches are the mean of the two, and each loss counts with
+    its weight."""
+    monkeypatch.setattr(train, "MAX_NORM", math.inf)
+    model = tiny_model(tokenizer, stage=2).train()
+    weights = {"l1": 3.0, "giou": 0.7, "clc": 0.4, "focal": 11.0, "dice": 1.3}
+    means = 0
+    for batch in batches:
+        batch = model.inputs(batch)
+        output = model(batch["image"], batch["tokens"], batch["padding"])
+        losses = hivg.compute_losses(output, batch, model.clip.logit_scale)
+        (sum(weights[name] * losses[name] for name in weights) / 2).backward()
+        means = means + torch.stack([losses[name].detach() for name in hivg.LOSS_WEIGHTS]) / 2
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    optimizer, scaler = train.make_optimizer(model)
+    found, args = gradients_at_step(model, optimizer), step_args(2, **weights)
+    close(train.train_step(model, batches, [0, 1], optimizer, scaler, args), means)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        close(found[name], gradient, 1e-5 * max(1, gradient.abs().max().item()))
+    assert all(p.grad is None for p in model.parameters())  # the next step begins at zero
+    del args.loss["dice"]  # a loss that nobody gave a weight is no loss that counts for nothing
+    with pytest.raises(KeyError, match="dice"):
+        train.train_step(model, batches, [0, 1], optimizer, scaler, args)
+
+
+def test_the_optimiser_and_the_norm(tokenizer, batches):
+    """AdamW with a decay of 1e-4 of all that trains in this stage and nothing else; gradients are
+    cut to a norm of 1."""
+    model = tiny_model(tokenizer, stage=2).train()
+    optimizer, scaler = train.make_optimizer(model)
+    (group,) = optimizer.param_groups
+    assert isinstance(optimizer, torch.optim.AdamW) and group["weight_decay"] == 1e-4
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = gradients_at_step(model, optimizer)
+    train.train_step(model, batches[:1], [0], optimizer, scaler, step_args(l1=50.0))
+    norm = torch.stack([gradient.norm() for gradient in found.values()]).norm().item()
+    assert norm == pytest.approx(1, abs=1e-3) and not scaler.is_enabled()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
+
+
+def epoch_of(monkeypatch, epoch=0, rank=0, processes=1, seed=0, number=1):
+    """[(number of the step, its batches, its seeds)] of an epoch of four steps of 3 x 2 of 27."""
+    monkeypatch.setattr(train, "process_rank", lambda: rank)
+    monkeypatch.setattr(train, "world_size", lambda: processes)
+
+    def loader(batches, seed):
+        yield from [(seed, *batch) for batch in batches]
+
+    loader.dataset = range(27)
+    stage = train.Stage(number, 3, 1e-3, 2, steps=4)
+    args = argparse.Namespace(seed=seed, batches=3)
+    return [(n, *step) for n, step in train.read_epoch(loader, stage, epoch, args)]
+
+
+def test_batches_of_an_epoch(monkeypatch):
+    """Every expression at most once, in another order in each epoch, stage and run; each batch has a
+    dropout of its own; the number of the step goes on through the stage."""
+    changes = {}, {"epoch": 1}, {"seed": 1}, {"number": 2}
+    runs = [epoch_of(monkeypatch, **change) for change in changes]
+    assert runs[0] == epoch_of(monkeypatch) and [n for n, _, _ in runs[1]] == [4, 5, 6, 7]
+    indices = [tuple(i for _, batches, _ in run for b in batches for i in b[1:]) for run in runs]
+    assert all(len(set(places)) == 24 for places in indices) and len(set(indices)) == 4
+    assert len({batches[0][0] for run in runs for _, batches, _ in run}) == 4  # of augmentation
+    seeds = [seed for run in runs for _, _, seeds in run for seed in seeds]
+    assert len(set(seeds)) == len(seeds) == 4 * 4 * 3
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_batches_of_a_step(monkeypatch, processes):
+    """Dealt out as they come, each with its seed: together they are those of one process."""
+    shares = [epoch_of(monkeypatch, rank=r, processes=processes) for r in range(processes)]
+    for number, batches, seeds in epoch_of(monkeypatch):
+        for place in range(3):
+            step = shares[place % processes][number]
+            assert step[1][place // processes] == batches[place]
+            assert step[2][place // processes] == seeds[place]
+        assert sum(len(share[number][1]) for share in shares) == 3
+
+
+def loss_curve(tokenizer, batch, dtype, scale=2.0**10, steps=8):
+    """(model, weighted losses of some steps on the same batch, GradScaler)."""
+    model = tiny_model(tokenizer, stage=1).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=dtype is torch.float16)
+    work = optimizer, scaler, step_args(), dtype
+    losses = [train.train_step(model, [batch], [0], *work) for _ in range(steps)]
+    return model, torch.stack(losses) @ torch.tensor([*hivg.LOSS_WEIGHTS.values()]), scaler
+
+
+def test_float16_learns_as_float32_does(tokenizer, batches):
+    """Under float16 autocast with a GradScaler the loss falls as it does in float32; gradients that
+    overflow change no weight, the scale becomes smaller instead."""
+    dtypes = None, torch.float16
+    full, half = (loss_curve(tokenizer, batches[0], dtype)[1] for dtype in dtypes)
+    assert full[-1] < 0.7 * full[0]
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    model, losses, scaler = loss_curve(tokenizer, batches[0], torch.float16, 2.0**40, steps=1)
+    assert losses.isfinite() and scaler.get_scale() == 2.0**39
+    close(model.state_dict(), tiny_model(tokenizer, stage=1).state_dict(), 0)
+
+
+# ------------------------------------------------------------------------------------------ the run
 
 
 @pytest.fixture(scope="module")
 def finished(refer_root, clip_file, tmp_path_factory):
     """The folder of a run through all four stages that nothing interrupted."""
     output = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        assert command(patch, train, *words_of(refer_root, clip_file, output)) is None
+    assert exit_of(train, *words_of(refer_root, clip_file, output)) is None
     return output
 
 
-def test_a_run_writes_all_it_promises(finished, tokenizer):
-    """Checkpoints that can be read, log, settings, results that name data set, split, number and
-    checkpoint, and contact sheets that open; nothing half-written is left."""
-    names = set(os.listdir(finished))
-    sheets = {"refcoco_val.png", "refcoco_testA.png"}
-    assert names == sheets | {
-        *("best.pt", "last.pt", "log.jsonl", "config.json", "results_refcoco.json")
-    }
-    for name in sheets:
-        picture = np.asarray(Image.open(finished / name).convert("RGB")).astype(int)
-        for colour in (evaluate.TRUE_COLOUR, evaluate.FOUND_COLOUR):
-            assert (abs(picture - colour).max(axis=2) < 40).sum() > 20, (name, colour)
-    results = json.loads((finished / "results_refcoco.json").read_text())
-    assert results["dataset"] == "refcoco" and results["checkpoint"].endswith("best.pt")
-    assert [(r["split"], r["expressions"]) for r in results["results"]] == [
-        ("val", 4),
-        ("testA", 2),
-    ]
-    assert json.loads((finished / "config.json").read_text())["settings"]["epochs"] == [2] * 4
+def test_a_run_writes_all_it_promises(finished, tokenizer, clip_file):
+    """Checkpoints that stand alone, the log, results, boxes and contact sheets, and nothing that is
+    half-written; CLIP's weights are bit for bit those of its file."""
+    names = {"best.pt", "last.pt", "log.jsonl", "results_refcoco.json"}
+    for split in ("val", "testA"):
+        names |= {f"refcoco_{split}.png", f"boxes_refcoco_{split}.jsonl"}
+        picture = np.asarray(Image.open(finished / f"refcoco_{split}.png")).astype(int)
+        for colour in (ImageColor.getrgb(evaluate.TRUE_COLOUR), evaluate.COLOURS[0]):
+            assert (abs(picture - colour).max(axis=2) < 40).sum() > 20, (split, colour)
+    assert set(os.listdir(finished)) == names
+    results, log = json.loads((finished / "results_refcoco.json").read_text()), log_of(finished)
+    rows = [(row["split"], row["expressions"]) for row in results["results"]]
+    assert results["dataset"] == "refcoco" and rows == [("val", 4), ("testA", 2)]
+    assert results["results"][0]["acc"] == max(e["acc"] for e in log if e["stage"] == 3)
     for name in ("best.pt", "last.pt"):
         model = load_checkpoint(finished / name)
         assert torch.equal(model.tokenize("red one"), tokenizer("red one"))
-        assert [len(b.attn.in_proj.lora_A) for b in model.clip.visual.transformer.resblocks] == [
-            *(3, 2, 1)
-        ]
-    best = max(line["acc"] for line in log_of(finished) if line["stage"] == 3)
-    assert results["results"][0]["acc"] == best
+        assert [len(b.attn.in_proj.lora_A) for b in model.visual_blocks] == [3, 2, 1]
+    now = model.clip.state_dict()
+    assert all(torch.equal(now[name], t) for name, t in load_clip(clip_file).state_dict().items())
+    content = torch.load(finished / "last.pt")
+    assert content["log"] == log and content["args"]["lr"] == [3e-3] and content["optimizer"]
 
 
-def test_each_stage_begins_from_the_best_of_the_one_before(finished):
-    """The log has an entry state, epoch -1, for each stage but the first: what the best epoch before
-    it had."""
+def test_every_stage_begins_at_epoch_minus_1(finished):
+    """The first as well; what is evaluated there has no losses."""
     log = log_of(finished)
-    epochs = [(line["stage"], line["epoch"]) for line in log]
-    assert epochs == [(0, 0), (0, 1)] + [(s, e) for s in (1, 2, 3) for e in (-1, 0, 1)]
-    for stage in (1, 2, 3):
-        before = [line for line in log if line["stage"] == stage - 1]
-        top = max(line["acc"] for line in before)
-        best = [line for line in before if line["acc"] == top][-1]  # of equals the later one
-        entry = next(line for line in log if line["stage"] == stage)
-        assert (entry["acc"], entry["miou"]) == (best["acc"], best["miou"])
-    trained = [line for line in log if line["epoch"] >= 0]
-    assert all(math.isfinite(v) and v > 0 for line in trained for v in line["losses"].values())
+    assert [(e["stage"], e["epoch"]) for e in log] == [(s, e) for s in range(4) for e in (-1, 0, 1)]
+
+    for line in log:
+        losses = line.get("losses", {})
+        assert set(losses) == set(hivg.LOSS_WEIGHTS if line["epoch"] >= 0 else ())
+        assert all(math.isfinite(value) and value > 0 for value in losses.values())
     assert len({line["miou"] for line in log}) > 3  # the runs do change the model
 
 
-def first_epoch_of(monkeypatch, checkpoint, root, output, *more):
-    """The log of --init CHECKPOINT, one epoch of the warm-up and one of stage 1."""
-    line = ["--dataset", "refcoco", "--data-root", root, "--init", checkpoint, "--output", output]
-    line += ["--epochs", 1, 1, 0, 0, "--batch-size", 4, "--lr", "1e-3", "--accumulate", 1]
-    line += ["--no-augment", "--device", "cpu", *more]
-    assert command(monkeypatch, train, *line) is None
-    return log_of(output)
+def test_a_stage_starts_from_the_best_epoch(monkeypatch, refer_root, clip_file, tmp_path):
+    """Not from the last one, and of equals from the later; so does a run that is resumed between the
+    best epoch and a worse one."""
+    accuracies = [10, 50, 50, 30, 40, 20, 20, 20]  # stage 0, epochs -1 to 2; stage 1
+    seen, real, summary = [], train.predict, train.summary
+
+    def predict(model, *more, **options):
+        assert model.config.stage == (len(seen) > 3)
+        seen.append(model.box_head[-1].bias.detach().clone())
+        return real(model, *more, **options)
+
+    def chosen(*given):
+        if len(seen) == 4 and not stopped:
+            stopped.append(seen.pop())
+            raise KeyboardInterrupt
+        return summary(*given) | {"acc": float(accuracies[len(seen) - 1])}
+
+    stopped = []
+    monkeypatch.setattr(train, "predict", predict)
+    monkeypatch.setattr(train, "summary", chosen)
+    words = words_of(refer_root, clip_file, tmp_path, "--model", "groups=1", epochs=3)
+    assert "stopped" in exit_of(train, *words)
+    assert exit_of(train, *words, "--resume") is None
+    assert len(seen) == 8 and torch.equal(seen[3], stopped[0])
+    assert torch.equal(seen[4], seen[2]) and not torch.equal(seen[2], seen[1])
+    assert torch.equal(load_checkpoint(tmp_path / "best.pt").box_head[-1].bias, seen[4])
 
 
-def test_a_run_starts_from_a_checkpoint(monkeypatch, finished, refer_root, tmp_path):
+def test_rates_and_modes_of_a_run(monkeypatch, refer_root, clip_file, tmp_path):
+    """Every step has the rate of its place in the stage, trains in training mode with the weights of
+    --loss, and is one of the whole run's bar; the next stage has a fresh optimiser. The annotations
+    are read once."""
+    steps, bars, readings = [], [], []
+    step, bar, read = train.train_step, data.progress, data.read_refer
+
+    def train_step(model, batches, seeds, optimizer, scaler, args, dtype):
+        assert all(module.training for module in model.modules()) and args.loss["clc"] == 0.5
+        rate = optimizer.param_groups[0]["lr"]
+        steps.append((model.config.stage, rate, len(optimizer.state) > 0))
+        return step(model, batches, seeds, optimizer, scaler, args, dtype)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    monkeypatch.setattr(data, "progress", lambda *a, **o: bars.append(bar(*a, **o)) or bars[-1])
+    monkeypatch.setitem(data.FAMILIES, "refer", lambda path: readings.append(1) or read(path))
+    monkeypatch.setitem(train.PLANS, "base", [(0, 2, 1e-3, 2, 0.5), (1, 1, 1e-3, 4)])
+    words = words_of(refer_root, clip_file, tmp_path, "--loss", "clc=0.5")
+    del words[words.index("--epochs") : words.index("--batches")]
+    assert exit_of(train, *words) is None
+    rates = [(0, train.learning_rate(i, 8, 1e-3, 0.5), i > 0) for i in range(8)]
+    assert steps == rates + [(1, train.learning_rate(i, 2, 1e-3), i > 0) for i in range(2)]
+    assert (bars[0].total, bars[0].n) == (10, 10) and len(readings) == 1
+
+
+def test_a_second_run_into_the_same_folder_is_refused(refer_root, clip_file, finished, tmp_path):
+    """No earlier run is overwritten by mistake, nor the checkpoint that a run starts from; a resumed
+    run that is done stays as it is."""
+    words = words_of(refer_root, clip_file, finished)
+    before = {path.name: path.read_bytes() for path in finished.iterdir()}
+    told(exit_of(train, *words), "--resume")
+    (tmp_path / "best.pt").write_bytes(before["best.pt"])
+    line = ["--dataset", "refcoco", "--data-root", refer_root, "--init", tmp_path / "best.pt"]
+    told(exit_of(train, *line, "--output", f"{tmp_path}/x/.."), "would be overwritten")
+    assert os.listdir(tmp_path) == ["best.pt"]
+    assert exit_of(train, *words, "--resume") is None
+    assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+
+def init_words(checkpoint, root, output, *more):
+    """--init CHECKPOINT: one epoch of stage 1."""
+    words = words_of(root, "", output, "--epochs", 0, 1, 0, 0, *more)
+    at = words.index("--clip")
+    return [*words[:at], "--init", str(checkpoint), *words[at + 2 :]]
+
+
+def val_summary(model, root):
+    val = refer_dataset(model, root, "val")
+    return evaluate.summary(val, *evaluate.predict(model, val)[:2])
+
+
+def test_a_run_starts_from_a_checkpoint(finished, refer_root, tmp_path):
     """--init: the first evaluation is that of the checkpoint; its pairs have become part of the
-    matrices, and fresh ones are trained. Resuming such a run needs no more flags than any other."""
-    output = tmp_path / "run"
-    log = first_epoch_of(monkeypatch, finished / "best.pt", refer_root, output, "--rank", 3)
-    model = load_checkpoint(finished / "best.pt")
-    val = evaluate.open_split(model, "refcoco", "val", refer_root)
-    expected = evaluate.summary(val, *evaluate.predict(model, val))
-    assert (log[0]["stage"], log[0]["epoch"]) == (0, -1)
+    matrices, and fresh ones, of another rank, are trained."""
+    words = init_words(finished / "best.pt", refer_root, tmp_path, "--model", "rank=3")
+    assert exit_of(train, *words, "--epochs", 1, 1, 0, 0) is None
+    model, log = load_checkpoint(finished / "best.pt"), log_of(tmp_path)
+    expected = val_summary(model, refer_root)
     assert {name: log[0][name] for name in expected} == expected
-    assert [(line["stage"], line["epoch"]) for line in log[1:]] == [(0, 0), (1, -1), (1, 0)]
+    assert [(e["stage"], e["epoch"]) for e in log] == [(0, -1), (0, 0), (1, -1), (1, 0)]
     assert log[1]["miou"] != log[0]["miou"]
-
-    started, before = load_checkpoint(output / "last.pt"), model.visual_blocks[0].attn.in_proj
-    in_proj = started.visual_blocks[0].attn.in_proj
+    before, in_proj = (
+        m.visual_blocks[0].attn.in_proj for m in (model, load_checkpoint(tmp_path / "last.pt"))
+    )
     assert list(in_proj.lora_A) == ["1"] and in_proj.lora_A["1"].shape[1] == 3
-    assert in_proj.lora_B["1"].any()
-    assert torch.equal(in_proj.weight, before.folded) and not torch.equal(
-        before.weight, before.folded
-    )
-    line = ["--dataset", "refcoco", "--output", output, "--resume", "--device", "cpu"]
-    assert command(monkeypatch, train, *line, "--data-root", refer_root) is None
+    assert in_proj.lora_B["1"].any() and not torch.equal(before.weight, before.folded)
+    close(in_proj.weight, before.folded, 1e-6)
 
 
-def test_a_closed_vocabulary_learns_the_words_of_a_run(monkeypatch, finished, refer_root, tmp_path):
-    """A model that knows "red" alone has seen "one" after training with it."""
-    model = load_checkpoint(finished / "best.pt")
-    _, _, merges = model.tokenizer.merges_text.partition("\n")
-    header = f"# {clip_model.CLOSED_VOCABULARY}red"
-    model.tokenizer = Tokenizer(io.StringIO(f"{header}\n{merges}"))
-    save_checkpoint(tmp_path / "closed.pt", model)
-    assert load_checkpoint(tmp_path / "closed.pt").tokenizer.unseen_words("red one") == ["one"]
-    first_epoch_of(monkeypatch, tmp_path / "closed.pt", refer_root, tmp_path / "run")
-    trained = load_checkpoint(tmp_path / "run/best.pt")
-    assert trained.tokenizer.unseen_words("red one cup") == ["cup"]
+def test_a_run_starts_from_the_authors_files(shared, refer_root, tmp_path, clip_vocabulary):
+    """The same for a checkpoint of theirs: masks, mean and sizes are those of the file."""
+    path = shared / "golden/official_base_checkpoint.pth"
+    assert exit_of(train, *init_words(path, refer_root, tmp_path)) is None
+    model, log = load_checkpoint(path), log_of(tmp_path)
+    assert log[0]["miou"] == val_summary(model, refer_root)["miou"] != log[1]["miou"]
+    started = load_checkpoint(tmp_path / "best.pt").config
+    names = "authors_masks", "mean", "image_size", "visual_layers", "bridge_layers", "text_layers"
+    assert all(getattr(started, field) == getattr(model.config, field) for field in names)
 
 
-@pytest.mark.parametrize("name", ["base", "large"])
-def test_a_run_starts_from_the_authors_files(
-    monkeypatch, shared, refer_root, tmp_path, clip_vocabulary, name
+FIELDS = {  # another value for every field of HiVGConfig but `stage`
+    "image_size": 64, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "visual_layers": [1, 3],
+    "bridge_layers": [], "bridge_text": "projected", "text_layers": [1], "grounding_layers": 2,
+    "heads": 4, "feedforward": 32, "region_width": 32, "dropout": 0.0, "adapters": "vanilla",
+    "targets": ["attn.out_proj", "mlp.c_fc"], "groups": 2, "rank": 4, "alpha": 8,
+    "lora_dropout": 0.0, "authors_masks": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["hilora", "vanilla", "none"])
+def test_every_part_can_be_changed(refer_root, clip_file, tmp_path, kind):
+    """--model gives every field of HiVGConfig another value, and a run with them goes through its
+    stages, augmented; the ablations, too."""
+    assert FIELDS.keys() == {field.name for field in fields(HiVGConfig)} - {"stage"}
+    values = {"adapters": kind, "bridge_layers": [2], "rank": 4, "groups": 2}
+    values = FIELDS if kind == "vanilla" else values
+    flags = [f"{n}={v if isinstance(v, str) else json.dumps(v)}" for n, v in values.items()]
+    words = words_of(refer_root, clip_file, tmp_path, "--model", *flags, epochs=1)
+    if kind != "vanilla":
+        words.remove("--no-augment")
+    assert exit_of(train, *words) is None
+    model = load_checkpoint(tmp_path / "best.pt")
+    for name, value in values.items():
+        found = getattr(model.config, name)
+        assert (list(found) if isinstance(value, list) else found) == value
+    assert set(model.bridges) == {str(layer) for layer in values["bridge_layers"]}
+    assert [line["stage"] for line in log_of(tmp_path)] == [0, 0, 1, 1, 2, 2]
+    state = model.state_dict()
+    held = [len([n for n in state if f"resblocks.{i}.attn.out_proj.lora_A" in n]) for i in range(3)]
+    assert held == {"hilora": [2, 1, 1], "vanilla": [1, 1, 1], "none": [0, 0, 0]}[kind]
+    assert any("mlp.c_fc.lora_A" in name for name in state) == (kind == "vanilla")
+
+
+def test_bridges_read_the_text_layers_of_the_data_set(monkeypatch, tmp_path, vocabulary):
+    """As the authors chose them; in a mixture the projected text."""
+    save_clip(tiny_clip(text_layers=12, vision_layers=1, image_size=32), tmp_path / "clip.pt")
+    shutil.copy(vocabulary, tmp_path)
+    every = tuple(range(1, 13))
+    of = {"refcoco": (12,), "refcoco+": (6, 12), "refcocog": every, "refcocog-google": every}
+    of |= {"referit": (6, 12), "flickr30k": (12,), "refcoco+ referit": None}
+    for words, layers in of.items():
+        args = given(monkeypatch, f"--dataset {words} --clip {tmp_path}/clip.pt")
+        config = train.build_model(args, None).config
+        assert config.bridge_text == ("layers" if layers else "projected")
+        assert config.text_layers == layers or not layers, words
+
+
+BAD_PARTS = {
+    "--loss cls=1": "cls", "--loss clc": "--loss", "--loss clc=nan": "--loss", "--loss clc=-1": "--loss",
+    "--model ranks=4": "ranks", "--model stage=2": "stage", "--model rank": "rank",
+    "--model rank=0": "rank", "--model groups=0": "groups", "--model heads=7": "heads",
+    "--model image_size=50": "50", "--model adapters=vanila": "adapters",
+    "--model bridge_text=layer": "bridge_text", "--model dropout=much": "dropout",
+    '--model targets=["attn.nothing"]': "attn.nothing", "--model visual_layers=[9]": "[9]",
+    "--model mean=[1]": "mean", "--lr -1": "--lr", "--lr nan": "--lr", "--epochs -1": "--epochs",
+    "--seed -1": "--seed", "--batch-size 0": "--batch-size", "--batches 0": "--batches",
+    "--workers -1": "--workers", "--init a.pt": "--clip", "--preset none": "--preset",
+    "--dataset cocoa": "cocoa", "--data-root absent": "refcoco/refs(unc).p",
+    "--select testC": "train, val, testA", "--clip absent.pt": "absent.pt", "--clip garbage": "garbage",
+    "--clip other.pt": "bpe_vocab.txt.gz", "--clip ViT-B/16": "cannot be fetched",
+    "--device warp": "warp", "--output garbage": "garbage",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags, named", BAD_PARTS.items())
+def test_bad_input_of_train_is_one_sentence(
+    monkeypatch, refer_root, clip_file, vocabulary, tmp_path, capsys, flags, named
 ):
-    """The same for both golden files: masks, mean and sizes are those of the file."""
-    path = shared / f"golden/official_{name}_checkpoint.pth"
-    log = first_epoch_of(monkeypatch, path, refer_root, tmp_path / "run")
-    model = load_checkpoint(path)
-    val = evaluate.open_split(model, "refcoco", "val", refer_root)
-    assert log[0]["miou"] == evaluate.summary(val, *evaluate.predict(model, val))["miou"]
-    started = load_checkpoint(tmp_path / "run/best.pt").config
-    for field in ("authors", "mean", "image_size", "visual_layers", "bridge_layers", "text_layers"):
-        assert getattr(started, field) == getattr(model.config, field)
-    assert log[1]["miou"] != log[0]["miou"]
+    """An unknown loss, a value that is none, a file that is missing, damaged or does not fit: what is
+    wrong is said by name before anything is trained or written."""
+    monkeypatch.chdir(tmp_path)
+    Path("garbage").write_text("garbage")
+    save_clip(tiny_clip(vocab_size=600, vision_layers=1), "other.pt")
+    shutil.copy(vocabulary, tmp_path)
+    code = exit_of(train, *words_of(refer_root, clip_file, "run", *flags.split()))
+    if code == 2:
+        assert named in capsys.readouterr().err
+    else:
+        told(code, named)
+    assert not Path("run").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [("--clip x.pt", "--clip"), ("--image-size 96", "--image-size"), ("--no-bridges", "--bridge")]
-    + [("--visual-layers 1", "--visual-layers"), ("--init absent.pt", "absent.pt")],
-)
-def test_what_contradicts_the_checkpoint_is_named(
-    monkeypatch, finished, refer_root, tmp_path, flags, named
-):
-    line = ["--dataset", "refcoco", "--data-root", refer_root, "--init", finished / "best.pt"]
-    line += ["--output", tmp_path / "run", "--device", "cpu", *flags.split()]
-    code = command(monkeypatch, train, *line)
-    assert code.startswith("error: ") and named in code and "\n" not in code
-
-
-def test_training_leaves_clip_as_it_was(finished, clip_file):
-    """After all four stages CLIP's stored weights are bit for bit those of its file."""
-    stored, trained = load_clip(clip_file).state_dict(), load_checkpoint(finished / "best.pt")
-    now = trained.clip.state_dict()
-    assert all(torch.equal(now[name], tensor) for name, tensor in stored.items())
-    assert any(now[name].any() for name in now if "lora_B" in name)
-
-
-def test_a_second_run_into_the_same_folder_is_refused(monkeypatch, refer_root, clip_file, finished):
-    """An earlier run is never overwritten by mistake; a resumed run that is done stays as it is."""
-    before = log_of(finished)
-    code = command(monkeypatch, train, *words_of(refer_root, clip_file, finished))
-    assert code.startswith("error:") and "--resume" in code and "\n" not in code
-    line = ["--dataset", "refcoco", "--output", finished, "--resume", "--device", "cpu"]
-    assert command(monkeypatch, train, *line) is None
-    assert log_of(finished) == before
-
-
-def test_an_epoch_may_be_a_part_of_the_split(monkeypatch, refer_root, clip_file, tmp_path):
-    """With parts=2, epochs 0 and 1 go through all 8 expressions, each once; so do epochs 2 and 3, in
-    another order."""
-    halves = replace(train.PRESETS["base"], parts=2)
-    monkeypatch.setitem(train.PRESETS, "base", halves)
-    read, real = [], data.read_batches
-
-    def read_batches(dataset, batches, *more, **options):
-        if dataset.split == "train":
-            read.append([index for batch in batches for index in batch])
-        return real(dataset, batches, *more, **options)
-
-    monkeypatch.setattr(data, "read_batches", read_batches)
-    words = words_of(refer_root, clip_file, tmp_path / "run", "--workers", 0)
-    place = words.index("--epochs") + 1
-    words[place : place + 1] = [4, 0, 0, 0]
-    words[words.index("--batch-size") + 1] = 2
-    assert command(monkeypatch, train, *words) is None
-    assert [len(part) for part in read] == [4] * 4
-    assert sorted(read[0] + read[1]) == sorted(read[2] + read[3]) == list(range(8))
-    assert read[0] + read[1] != read[2] + read[3]
-
-
-@pytest.mark.parametrize("adapters", ["vanilla", "none"])
-def test_other_adapters_run_too(monkeypatch, refer_root, clip_file, tmp_path, adapters):
-    """The controls, vanilla LoRA and none, go through the same four stages, augmented."""
-    words = words_of(refer_root, clip_file, tmp_path / "run", "--adapters", adapters)
-    words.remove("--no-augment")
-    words[words.index("--epochs") + 1] = 1
-    assert command(monkeypatch, train, *words, "--workers", 0) is None
-    blocks = load_checkpoint(tmp_path / "run/best.pt").clip.visual.transformer.resblocks
-    held = [len(getattr(block.attn.in_proj, "lora_A", ())) for block in blocks]
-    assert held == ([1, 1, 1] if adapters == "vanilla" else [0, 0, 0])
-
-
-@pytest.mark.parametrize(
-    "flags, fields",
-    [
-        ("--no-bridges --loss clc=0 l1=5", {"bridge_layers": ()}),
-        ("--bridge-layers 2 --visual-layers 1 3", {"bridge_layers": (2,), "visual_layers": (1, 3)}),
-        (
-            "--groups 2 --rank 4 --targets attn.out_proj mlp.c_fc",
-            {"groups": 2, "rank": 4, "stage": 2},
-        ),
-        ("--without-bridges 1 --text-layers 1", {"text_layers": (1,), "stage": 3}),
-    ],
-)
-def test_every_part_can_be_changed(monkeypatch, refer_root, clip_file, tmp_path, flags, fields):
-    """Bridges, losses, groups, rank, targets, layers: the flags reach the model and config.json, and
-    a run with them goes through its stages and is evaluated."""
-    words = words_of(refer_root, clip_file, tmp_path / "run", *flags.split())
-    words[words.index("--epochs") + 1] = 1
-    assert command(monkeypatch, train, *words) is None
-    model = load_checkpoint(tmp_path / "run/best.pt")
-    assert {name: getattr(model.config, name) for name in fields} == fields
-    assert set(model.bridges) == {str(layer) for layer in model.config.bridge_layers}
-    settings = json.loads((tmp_path / "run/config.json").read_text())["settings"]
-    assert (settings["loss"]["clc"], settings["loss"]["l1"]) == (
-        (0, 5) if "l1=5" in flags else (1, 2)
-    )
-    log, first = log_of(tmp_path / "run"), -1 if "--without-bridges" in flags else 0
-    last = model.config.groups
-    assert [e["stage"] for e in log] == [first] + [
-        s for s in range(first + 1, last + 1) for _ in "ab"
-    ]
-    adapted = {
-        n.rpartition(".lora_A")[0].split(".", 5)[-1] for n in model.state_dict() if "lora_A" in n
-    }
-    assert adapted == set(model.config.targets)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--loss cls=1",
-        "--loss clc",
-        "--loss clc=nan",
-        "--lr -1",
-        "--targets attn.nothing",
-        "--groups 0",
-    ],
-)
-def test_a_part_that_is_not_there_is_told(monkeypatch, refer_root, clip_file, tmp_path, flags):
-    """An unknown loss, a target that matches nothing, no groups: refused before anything is trained."""
-    code = command(
-        monkeypatch, train, *words_of(refer_root, clip_file, tmp_path / "run", *flags.split())
-    )
-    assert code == 2 or ("attn.nothing" in code and "\n" not in code)
-    assert not (tmp_path / "run/config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "line, preset, accumulate",
-    [
-        ("--dataset refcocog", "base", 7),
-        ("--dataset flickr30k", "base-flickr30k", 7),
-        ("--dataset refcoco referit", "base-mixture", 7),
-        ("--dataset referit --clip large.pt", "large-referit", 7),
-        ("--dataset refcoco+ --clip large.pt", "large", 7),
-        ("--dataset refcoco refcoco+ --clip large.pt", "large-mixture", 7),
-        ("--dataset refcoco refcoco", "base", 7),
-        ("--dataset own", "base", 1),
-        ("--dataset shapes --clip small.pt", "shapes", 1),
-        ("--dataset shapes-long --clip small.pt", "shapes-long", 1),
-    ],
-)
-def test_presets_by_data_set_and_model(monkeypatch, line, preset, accumulate):
-    """Epochs, rates and batches follow from the data set and CLIP's depth, accumulation from the
-    authors' seven GPUs; flags go before them."""
-    seen = []
-    monkeypatch.setattr(clip_model, "run_main", lambda run, given, **more: seen.append(given))
-    command(monkeypatch, train, *line.split())
-    flags = "--epochs", 7, "--groups", 2, "--without-bridges", 1, "--accumulate", 2
-    command(monkeypatch, train, *line.split(), *flags)
-    config = CLIPConfig(vision_layers=24 if "large" in line else 12)
-    usual, changed = (train.complete_settings(given, config) for given in seen)
-    expected = train.PRESETS[preset]
-    assert usual.preset == preset and usual.epochs == list(expected.epochs)
-    assert (usual.lr, usual.batch_size) == (
-        list(expected.learning_rates),
-        list(expected.batch_sizes),
-    )
-    assert usual.without_bridges == expected.without_bridges and usual.accumulate == accumulate
-    assert (changed.epochs, changed.without_bridges, changed.accumulate) == ([7, 7, 7], 1, 2)
-    assert changed.lr == list(expected.learning_rates[:3])
-    assert (usual.text_layers == ()) == ("mixture" in preset)
-    monkeypatch.setattr(train, "world_size", lambda: 3)
-    assert train.complete_settings(seen[0], config).accumulate == (2 if accumulate == 7 else 1)
-
-
-def test_a_stage_of_no_epochs_is_left_out(monkeypatch, refer_root, clip_file, tmp_path):
-    """--epochs 0 for a stage: it isn't entered, nor evaluated; none at all is an error."""
-    words = words_of(refer_root, clip_file, tmp_path / "run")
-    place = words.index("--epochs") + 1
-    words[place : place + 1] = [1, 0, 1, 0]
-    assert command(monkeypatch, train, *words) is None
-    log = log_of(tmp_path / "run")
-    assert [(line["stage"], line["epoch"]) for line in log] == [(0, 0), (2, -1), (2, 0)]
-    words[place : place + 4] = [0]
-    assert "nothing to train" in command(monkeypatch, train, *words, "--output", tmp_path / "none")
-
-
-LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
-FULL_SIZES = {
-    "ViT-B/32": dict(patch_size=32),
-    "ViT-B/16": dict(),
-    "ViT-L/14": LARGE,
-    "ViT-L/14@336px": LARGE | dict(image_size=336),
-}
-SLOW = [pytest.param(n, marks=[pytest.mark.slow] * ("L" in n)) for n in FULL_SIZES]
-
-
-@pytest.mark.parametrize("name", SLOW)
-def test_full_sizes(name):
-    """Every CLIP of the table, full size, random weights: one step of stage 1 reaches all that trains,
-    and the merged model gives boxes."""
-    clip = CLIP(CLIPConfig(**FULL_SIZES[name]))
-    model = HiVG(HiVGConfig(stage=1), clip).train()
-    side, depth = clip.config.image_size, clip.config.vision_layers
-    images, tokens = torch.randn(2, 3, side, side), torch.randint(1, 49000, (2, 8))
-    tokens[:, -1] = 49407
-    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.3, 0.6, 0.2, 0.2]])
-    output = model(images, tokens, None, for_losses=True)
-    losses = train.compute_losses(output, boxes, torch.arange(2), clip.logit_scale)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    sum(weight * losses[name] for name, weight in train.LOSS_WEIGHTS.items()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
-    pairs = [len(block.attn.in_proj.lora_A) for block in model.visual_blocks]
-    assert pairs == [1] * (depth // 3) + [0] * (depth * 2 // 3)
-    with torch.inference_mode():
-        found = model.eval().merge()(images, tokens).boxes
-    assert found.shape == (2, 4) and ((0 < found) & (found < 1)).all()
-
-
-def test_the_learning_rate(monkeypatch):
-    """It rises to its top in the first steps, then falls as a cosine to almost 0, never below."""
-    steps = 50 * train.RISING_STEPS
-    rates = [train.learning_rate(step, steps, 2.0) for step in range(steps)]
-    top = max(range(steps), key=rates.__getitem__)
-    assert top <= train.RISING_STEPS and 1.9 < rates[top] <= 2.0
-    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[0] < 0.1
-    assert rates[top:] == sorted(rates[top:], reverse=True) and 0 <= rates[-1] < 1e-4
-    assert rates[steps // 2] == pytest.approx(1.0, abs=0.01)
-
-
-def test_a_rate_that_is_held():
-    """With hold=0.6 it stays at its top for 60 % of the steps, then falls to almost 0; with hold=1
-    it never falls."""
-    steps = 10 * train.RISING_STEPS
-    rates = [train.learning_rate(step, steps, 2.0, hold=0.6) for step in range(steps)]
-    assert set(rates[train.RISING_STEPS : steps * 6 // 10]) == {2.0}
-    assert rates[steps * 6 // 10 :] == sorted(rates[steps * 6 // 10 :], reverse=True)
-    assert rates[steps * 8 // 10] == pytest.approx(1.0, abs=0.01) and 0 <= rates[-1] < 1e-4
-    rates = [train.learning_rate(step, steps, 2.0, hold=1.0) for step in range(steps)]
-    assert set(rates[train.RISING_STEPS :]) == {2.0}
-
-
-def test_the_minutes_that_remain(monkeypatch):
-    """They follow from the work that is left, evaluations included, and the pace so far; a resumed
-    run does not count what is done. Before the first steps there is nothing to say."""
-    settings = argparse.Namespace(preset="base", without_bridges=0, epochs=(2, 1, 0, 0), init=None)
-    clock = [0.0]
-    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
-    pace = train.Pace(settings, [], train_size=6000, val_size=600, at_end=1200)
-    pace.add(trained=1200)  # slow, as first steps are
-    assert str(pace) == "?"
-    clock[0] = 60
-    pace.add(trained=1200)  # 20 a second; 16,800 of 18,000 + (4 x 600 + 1200) / 3 are left
-    assert str(pace) == "14 min"
-    clock[0] = 90
-    pace.add(evaluated=600)  # 200 in 30 seconds: the pace falls to 1400 in 90
-    assert str(pace) == "18 min"
-    done = [{"stage": 0, "epoch": 0}, {"stage": 0, "epoch": 1}]
-    resumed = train.Pace(settings, done, train_size=6000, val_size=600, at_end=1200)
-    assert resumed.left == 6000 + (2 * 600 + 1200) / 3
-
-
-def test_memory_of_a_step(tokenizer):
-    """What is counted on batches of 2 and 4 is what a larger batch takes; the peak of tensors that
-    come and go is counted by hand."""
-    layer, x = torch.nn.Linear(1000, 1000), torch.zeros(1, 1000)
-    with evaluate.PeakMemory() as memory:
-        layer(x)  # its weights were there before
-    assert memory.peak == 4000
-    with evaluate.PeakMemory() as memory:
-        a = torch.zeros(1000)
-        b = a + 1  # 8000 bytes
-        a = b.view(10, 100)  # the first is gone, and no new ones came
-        c = torch.zeros(500)  # 6000
-        del a, b, c
-    assert (memory.peak, memory.bytes) == (8000, 0)
-
-    model = tiny_model(tokenizer, 3)
-    fixed, of_a_sample = train.step_bytes(model, 4, None)  # counted on 2 and 4
-    many = fixed + 16 * of_a_sample
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    scaler = torch.amp.GradScaler(enabled=False)
-    for _ in range(2):
-        with evaluate.PeakMemory() as memory:
-            batch = evaluate.synthetic_batch(model, 16)
-            train.train_step(model, [batch], [0], optimizer, scaler, train.LOSS_WEIGHTS)
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    total = memory.peak + weights + 2 * sum(p.nbytes for p in trained)
-    assert many == pytest.approx(total, rel=0.05)
-    model.checkpointing = True
-    assert train.step_bytes(model, 16, None)[1] < of_a_sample / 2
-
-
-@pytest.mark.parametrize("stage", [0, 2])
-def test_the_account_counts_every_parameter_once(tokenizer, stage):
-    """The groups of the account add up to the whole model; of CLIP nothing is trained, of the pairs
-    those of the stage."""
-    model = tiny_model(tokenizer, stage)
-    rows = {}
-    for line in train.parameter_table(model).splitlines()[1:]:
-        *name, trained, total = line.split()
-        rows[" ".join(name)] = [int(number.replace(",", "")) for number in (trained, total)]
+@pytest.mark.parametrize("stage", [-1, 0, 2])
+def test_the_table_counts_every_parameter_once(tokenizer, stage):
+    """The parts add up to the whole model; of CLIP nothing is trained, of the pairs those of the
+    stage, of the bridges nothing in a warm-up without them."""
+    model, rows = tiny_model(tokenizer, max(stage, 0)), {}
+    model.enter_stage(stage)
+    for line in train.parameter_table(model).replace(",", "").splitlines()[1:]:
+        name, *numbers = line.rsplit(maxsplit=2)
+        rows[name] = [*map(int, numbers)]
     together = rows.pop("together")
     assert together == [sum(column) for column in zip(*rows.values())]
     parameters = dict(model.named_parameters())
     assert together[1] == sum(p.numel() for p in parameters.values())
-    pairs = {name: p.numel() for name, p in parameters.items() if ".lora_" in name}
-    newest = sum(n for name, n in pairs.items() if name.endswith(f".{stage}"))
-    assert rows["LoRA pairs"] == [newest, sum(pairs.values())]
-    assert rows["CLIP"] == [0, sum(p.numel() for p in tiny_clip().parameters())]
+    newest = sum(p.numel() for name, p in parameters.items() if name.endswith(f".{stage}"))
+    assert rows.get("LoRA pairs", [0])[0] == newest and (newest > 0) == (stage > 0)
+    assert rows["clip"] == [0, sum(p.numel() for p in tiny_clip().parameters())]
+    assert (rows["bridges"][0] > 0) == (stage >= 0)
+
+
+# --------------------------------------------------------------------------------- shapes and photos
 
 
 def make_shapes_small(monkeypatch):
     """Few scenes, and a CLIP that is hardly trained."""
-    sizes = {"val": 8, "testA": 4, "testB": 4, "test": 4, "train": 16}
-    small = {s: info._replace(scenes=sizes[s]) for s, info in data.SHAPES_SPLITS.items()}
-    monkeypatch.setattr(data, "SHAPES_SPLITS", small)
-    monkeypatch.setattr(data, "LONG_TRAIN", data.LONG_TRAIN._replace(scenes=16))
+    monkeypatch.setattr(data, "SCENES", {"val": 8, "testA": 4, "testB": 4, "test": 4})
+    monkeypatch.setattr(data, "TRAIN_SCENES", {"shapes": 16, "shapes-long": 16})
     monkeypatch.setattr(train, "SHAPES_CLIP_STEPS", 2)
     monkeypatch.setattr(train, "SHAPES_CLIP_BATCH", 8)
 
 
-@pytest.mark.parametrize("name", ["shapes", "shapes-long"])
-def test_shapes_from_nothing(monkeypatch, tmp_path, capsys, name):
+def test_shapes_from_nothing(monkeypatch, tmp_path, capsys):
     """--dataset shapes needs no files: data, CLIP and model are made, and the first two used again.
-    The model knows which words it has never seen."""
+    The model stands alone and knows which words it has never seen."""
     make_shapes_small(monkeypatch)
-    line = ["--dataset", name, "--data-root", tmp_path / "data", "--epochs", 1]
+    root = tmp_path / "data"
+    line = ["--dataset", "shapes", "--data-root", root, "--epochs", 1]
     line += ["--batch-size", 32, "--device", "cpu", "--output"]
-    assert command(monkeypatch, train, *line, tmp_path / "a") is None
-    names = (f"{name}/instances.json", f"{name}/clip_0.pt")
-    stamps = [(tmp_path / "data" / file).stat().st_mtime_ns for file in names]
+    assert exit_of(train, *line, tmp_path / "a") is None
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert root / "shapes/clip_0.pt" in stamps
     with monkeypatch.context() as patch:
-
-        def stop(*given):
-            raise KeyboardInterrupt
-
-        patch.setattr(train, "train_epoch", stop)
-        assert "stopped" in command(patch, train, *line, tmp_path / "b")
-    assert stamps == [(tmp_path / "data" / file).stat().st_mtime_ns for file in names]
-    results = json.loads((tmp_path / f"a/results_{name}.json").read_text())
-    assert {row["split"] for row in results["results"]} == {"val", "testA", "testB", "test"}
-    shutil.rmtree(tmp_path / "data")
-    model = load_checkpoint(tmp_path / "a/best.pt")  # stands alone
-    assert model.clip.config.vision_width == {"shapes": 96, "shapes-long": 128}[name]
-    picture = Image.new("RGB", (100, 50))
-    x1, y1, x2, y2 = evaluate.ground(model, picture, "the small red circle")
-    assert 0 <= x1 <= x2 <= 100 and 0 <= y1 <= y2 <= 50
-    picture.save(tmp_path / "a.png")
-    line = [tmp_path / "a/best.pt", "--image", tmp_path / "a.png", "--text", "the purple circle"]
-    assert command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png") is None
+        patch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert "stopped" in exit_of(train, *line, tmp_path / "b")
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    results = json.loads((tmp_path / "a/results_shapes.json").read_text())["results"]
+    assert [row["split"] for row in results] == ["val", "testA", "testB", "test"]
+    stages = [line["stage"] for line in log_of(tmp_path / "a")]
+    assert stages == [-1, -1, 0, 0, 1, 1, 2, 2, 3, 3]
+    shutil.rmtree(root)
+    Image.new("RGB", (100, 50)).save(tmp_path / "a.png")
+    line = ["image", tmp_path / "a/best.pt", tmp_path / "a.png", "the purple circle"]
+    assert exit_of(evaluate, *line, "--output", tmp_path / "found.png") is None
     assert "trained without the words: purple)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_the_tour_runs(monkeypatch, tmp_path, capsys):
-    """docs/tour.ipynb, opened in docs/ after the first run, cell by cell; its outputs are stored."""
+    """docs/tour.ipynb, opened in docs/ after its own commands, cut short, cell by cell; its outputs
+    are stored."""
     make_shapes_small(monkeypatch)
-    line = ["--dataset", "shapes", "--data-root", tmp_path / "data", "--epochs", 1]
-    line += ["--batch-size", 32, "--device", "cpu", "--output", tmp_path / "runs/shapes"]
-    assert command(monkeypatch, train, *line) is None
     tour = json.loads((Path(train.__file__).parent / "docs/tour.ipynb").read_text())
+    lines = "".join(tour["cells"][0]["source"]).replace("\\\n", "").splitlines()
+    commands = [shlex.split(line)[2:] for line in lines if line.startswith("    python train.py")]
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        words += ["--epochs", 1, "--batch-size", 32, "--device", "cpu"]  # in the place of its own
+        assert command(monkeypatch, train, *words) is None
+    runs = {path.parent.name: load_checkpoint(path) for path in Path("runs").glob("*/best.pt")}
+    counts = {name: len(model.bridges) for name, model in runs.items()}
+    assert counts == {"shapes": 1, "bridges": 3, "no-bridges": 0}
     cells = [cell for cell in tour["cells"] if cell["cell_type"] == "code"]
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path / "docs")
+    capsys.readouterr()
     names = {}
     try:
         for cell in cells:
@@ -526,263 +607,41 @@ def test_the_tour_runs(monkeypatch, tmp_path, capsys):
         torch.set_grad_enabled(True)
     printed = capsys.readouterr().out
     assert "layer 1:  pair 1 frozen, pair 2 trains\n" in printed and "['purple']" in printed
+    moved = dict(re.findall(r"pair (\d) of layer 1 has moved by ([0-9.]+)", printed))
+    assert float(moved["1"]) == 0 < float(moved["2"])
+    assert all(f" %  {name}\n" in printed for name in ("with bridges", "trained without bridges"))
     assert all(cell["outputs"] for cell in cells[1:])  # the first only goes to the folder above
-
-
-def test_photographs_run(monkeypatch, shared, tmp_path, clip_vocabulary):
-    """The real photographs with the golden CLIP: every stage, and all four splits in the table."""
-    line = ["--dataset", "refcoco", "--data-root", shared / "photos", "--epochs", 1, 0, 1, 0]
-    line += ["--clip", shared / "golden/clip_tiny.pt", "--output", tmp_path, "--no-augment"]
-    assert (
-        command(monkeypatch, train, *line, "--batch-size", 18, "--accumulate", 1, "--device", "cpu")
-        is None
-    )
-    results = json.loads((tmp_path / "results_refcoco.json").read_text())["results"]
-    found = {row["split"]: row["expressions"] for row in results}
-    assert found == {"val": 12, "testA": 8, "testB": 8}
-
-
-# ---------------------------------------------------------------------------------------- evaluation
-
-
-def test_one_picture_on_the_command_line(monkeypatch, finished, tmp_path, capsys):
-    """--image and --text print a box inside the picture, in its upright pixels, and draw it."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (60, 100), "white").save(tmp_path / "photo.jpg", exif=exif)
-    line = [finished / "best.pt", "--image", tmp_path / "photo.jpg", "--text", "Red ONE"]
-    assert command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png") is None
-    first = capsys.readouterr().out.splitlines()[0]
-    x1, y1, x2, y2 = map(float, first.rsplit(": ", 1)[1].split())
-    assert 0 <= x1 < x2 <= 100 and 0 <= y1 < y2 <= 60
-    drawn = np.asarray(Image.open(tmp_path / "found.png"))
-    assert drawn.shape == (300, 500, 3)  # small images are enlarged
-    assert (drawn == evaluate.FOUND_COLOUR).all(axis=2).sum() > 200
-    model = load_checkpoint(finished / "best.pt")
-    box = evaluate.ground(model, Image.new("RGB", (100, 60), "white"), "red one")
-    assert box == pytest.approx((x1, y1, x2, y2), abs=0.5)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3000, 4), (4, 3000)])
-def test_pictures_of_extreme_shape(tokenizer, tmp_path, size):
-    """A single pixel and very long strips can be evaluated and drawn like any other picture."""
-    row = {"image": Image.new("RGB", size), "bbox": [0, 0, *size], "split": "val"}
-    make_refer(tmp_path, [row])
-    model = tiny_model(tokenizer)
-    evaluate.evaluate_splits(model, "best.pt", "refcoco", ["val"], tmp_path, tmp_path / "out")
-    results = json.loads((tmp_path / "out/results_refcoco_val.json").read_text())["results"]
-    assert math.isfinite(results[0]["miou"])
-    assert Image.open(tmp_path / "out/refcoco_val.png").size[0] > 240
-
-
-def test_accuracy_by_hand(tokenizer, refer_root):
-    """Acc@0.5 and mean IoU are the plain means over the split, predicted boxes clipped to the
-    square."""
-    dataset = evaluate.open_split(tiny_model(tokenizer), "refcoco", "val", refer_root)
-    true = torch.stack([item["box"] for item in dataset])
-    predicted = true.clone()
-    predicted[0, 0] += predicted[0, 2] / 2  # IoU 1/3
-    predicted[1, 2] /= 2.1  # IoU below 1/2
-    predicted[2] = torch.tensor([0.0, 0.0, 0.1, 0.1])  # elsewhere
-    result = evaluate.summary(dataset, predicted, true)
-    assert result["acc"] == 25.0
-    assert result["miou"] == pytest.approx(100 * (1 / 3 + 1 / 2.1 + 0 + 1) / 4, abs=0.01)
-    assert result["expressions"] == 4 and result["split"] == "val"
-    sticking_out = torch.tensor([[0.0, 0.5, 1.0, 1.0]])
-    inside = torch.tensor([[0.25, 0.5, 0.5, 1.0]])
-    assert evaluate.clipped_iou(sticking_out, inside).item() == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("right, n, low, high", [(8, 10, 49.02, 94.33), (0, 5, 0, 43.45)])
-def test_the_interval_by_hand(right, n, low, high):
-    """Wilson's interval as other programs print it; it stays within 0 and 100."""
-    assert evaluate.wilson_interval(right, n) == pytest.approx([low, high], abs=0.01)
-    assert evaluate.wilson_interval(n - right, n) == pytest.approx(
-        [100 - high, 100 - low], abs=0.01
-    )
-
-
-def test_boxes_are_saved_for_others_to_compare(monkeypatch, finished, refer_root, tmp_path, capsys):
-    """--save-boxes of two data sets: a JSON line for each expression, from whose boxes the accuracies
-    of the table follow."""
-    shutil.copytree(refer_root, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(tmp_path / "refcoco", tmp_path / "refcoco+")
-    line = [finished / "best.pt", "--dataset", "refcoco", "refcoco+", "--data-root", tmp_path]
-    line += ["--output", tmp_path / "out", "--save-boxes", tmp_path / "out/boxes.jsonl"]
-    assert command(monkeypatch, evaluate, *line) is None
-    lines = [json.loads(row) for row in (tmp_path / "out/boxes.jsonl").read_text().splitlines()]
-    assert [row["dataset"] for row in lines] == ["refcoco"] * 6 + ["refcoco+"] * 6
-    assert [row["split"] for row in lines[:6]] == ["val"] * 4 + ["testA"] * 2
-    assert all(Path(row["image"]).is_file() and row["text"].endswith(" one") for row in lines)
-    true, found = (torch.tensor([row[name] for row in lines]) for name in ("true", "found"))
-    model = load_checkpoint(finished / "best.pt")
-    for row in lines[:2]:
-        (again,) = evaluate.ground_texts(model, data.load_image(row["image"]), [row["text"]])
-        assert row["score"] == pytest.approx(again.score, abs=1e-3)
-    iou = box_iou(found, true)
-    assert iou.tolist() == pytest.approx([row["iou"] for row in lines], abs=2e-3)
-    for name in ("refcoco", "refcoco+"):
-        results = json.loads((tmp_path / f"out/results_{name}.json").read_text())["results"]
-        for key, threshold in (("acc", 0.5), ("acc70", 0.7), ("acc90", 0.9)):
-            share = 100 * (iou[:4] >= threshold).float().mean().item()
-            assert results[0][key] == pytest.approx(share, abs=0.01)
-        low, high = results[0]["interval"]
-        assert 0 <= low <= results[0]["acc"] <= high <= 100
-    assert capsys.readouterr().out.count("95 % interval") == 2
-
-
-def test_predictions_do_not_depend_on_the_batch_size(tokenizer, refer_root):
-    """A split's boxes are the same in batches of any size and from workers; training goes on."""
-    model = tiny_model(tokenizer, 1).train()
-    dataset = evaluate.open_split(model, "refcoco", "train", refer_root)
-    predicted, true = evaluate.predict(model, dataset, batch_size=3)
-    assert model.training and predicted.shape == true.shape == (8, 4)
-    again, _ = evaluate.predict(model, dataset, workers=1)
-    torch.testing.assert_close(again, predicted, atol=1e-5, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------- bad input
 
 
-def bad_input_of_train(kind, refer_root, clip_file, folder):
-    line = {"--dataset": "refcoco", "--data-root": refer_root, "--clip": clip_file}
-    line |= {"--output": folder / "run", "--device": "cpu", "--workers": "0"}
-    (folder / "garbage").write_text("garbage")
-    line |= {
-        "no data root": {"--data-root": folder / "absent"},
-        "unknown data set": {"--dataset": "cocoa"},
-        "unknown split": {"--select": "testC"},
-        "split that is not there": {"--select": "testB"},
-        "no CLIP": {"--clip": folder / "absent.pt"},
-        "garbage CLIP": {"--clip": folder / "garbage"},
-        "no network": {"--clip": "ViT-B/16"},
-        "image size": {"--image-size": "50"},
-        "device": {"--device": "warp"},
-        "output is a file": {"--output": folder / "garbage"},
-    }[kind]
-    return [str(word) for pair in line.items() for word in pair if word is not None]
-
-
-@pytest.mark.parametrize(
-    "kind, says",
-    [
-        ("no data root", "refcoco/refs(unc).p"),
-        ("unknown data set", "refcoco, refcoco+, refcocog"),
-        ("unknown split", "train, val, testA, testB"),
-        ("split that is not there", "train, val, testA"),
-        ("no CLIP", "absent.pt"),
-        ("garbage CLIP", "garbage"),
-        ("no network", "cannot be fetched"),
-        ("image size", "50"),
-        ("device", "warp"),
-        ("output is a file", "garbage"),
-    ],
-)
-def test_bad_input_of_train_is_one_sentence(
-    monkeypatch, refer_root, clip_file, tmp_path, kind, says
-):
-    """Whatever is wrong on train.py's command line is said in one sentence that names it; exit 1."""
-    line = bad_input_of_train(kind, refer_root, clip_file, tmp_path)
-    code = command(monkeypatch, train, *line)
-    assert isinstance(code, str) and code.startswith("error: ")  # sys.exit: to stderr, status 1
-    assert says in code and "\n" not in code
-
-
 def test_an_unreadable_image_ends_the_run_with_its_name(monkeypatch, clip_file, tmp_path):
-    """One sentence names the image that a worker cannot read, without the worker's traceback."""
+    """One sentence names the image that a worker cannot read, without the worker's traceback; one of
+    val is found before the first step."""
     make_refer(tmp_path, [{}, {}, {"split": "val"}])
-    (broken,) = tmp_path.rglob("*000002.jpg")
-    broken.write_bytes(broken.read_bytes()[:300])
-    line = words_of(tmp_path, clip_file, tmp_path / "run", "--workers", 1)
-    line.remove("--no-augment")
-    code = command(monkeypatch, train, *line)
-    assert code.startswith(f"error: {broken} cannot be read") and "\n" not in code
+    monkeypatch.setattr(train, "train_step", lambda *_: pytest.fail("it began to train"))
+    for number, workers in (("2", 1), ("3", 0)):
+        (broken,) = tmp_path.rglob(f"*00000{number}.jpg")
+        whole = broken.read_bytes()
+        broken.write_bytes(whole[:300])
+        line = words_of(tmp_path, clip_file, tmp_path / f"run{number}", "--workers", workers)
+        told(exit_of(train, *line, "--batch-size", 2), broken, "cannot be read")
+        broken.write_bytes(whole)
+    assert not (tmp_path / "run3").exists()
 
 
-@pytest.mark.parametrize("option", ["--seed", "--epochs", "--batch-size", "--workers"])
-def test_numbers_below_zero_are_refused(monkeypatch, refer_root, clip_file, tmp_path, option):
-    """argparse says so, with its own exit status 2, before anything is read or written."""
-    line = words_of(refer_root, clip_file, tmp_path / "run", option, "-1")
-    assert command(monkeypatch, train, *line) == 2 and not (tmp_path / "run").exists()
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, vocabulary):
-    """A checkpoint of an untrained model."""
-    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
-    save_checkpoint(path, tiny_model(Tokenizer(vocabulary)))
-    return path
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({0: "absent.pt"}, "absent.pt"),
-        ({0: "text.jpg"}, "text.jpg"),
-        ({0: "clip.pt"}, "clip.pt"),
-        ({2: "absent.jpg"}, "absent.jpg"),
-        ({2: "text.jpg"}, "text.jpg"),
-        ({2: "half.jpg"}, "half.jpg"),
-        ({4: ""}, "empty"),
-        ({4: "  \t"}, "empty"),
-        ({6: "found.txt"}, "found.txt"),
-        ({6: "photo.jpg/found.png"}, "found.png"),
-    ],
-)
-def test_bad_input_of_evaluate_is_one_sentence(monkeypatch, tmp_path, checkpoint, change, says):
-    """Whatever is wrong on evaluate.py's command line is said in one sentence that names it; exit 1."""
-    monkeypatch.chdir(tmp_path)
-    plain_picture(100, 100).save("photo.jpg")
-    Path("half.jpg").write_bytes(Path("photo.jpg").read_bytes()[:900])
-    Path("text.jpg").write_text("no picture and no checkpoint")
-    save_clip(tiny_clip(), "clip.pt")
-    line = [checkpoint, "--image", "photo.jpg", "--text", "red one", "--output", "found.png"]
-    for place, word in change.items():
-        line[place] = word
-    code = command(monkeypatch, evaluate, *line)
-    assert isinstance(code, str) and code.startswith("error: ")
-    assert says in code and "\n" not in code and not Path("found.png").exists()
-
-
-@pytest.mark.parametrize("name", ["truncated.jpg", "broken_crc.png", "bomb_30000x30000.png"])
-def test_odd_pictures_on_the_command_line(monkeypatch, shared, tmp_path, checkpoint, name):
-    """An unreadable picture of the shared ones is refused by name, with no picture drawn."""
-    line = [checkpoint, "--image", shared / "odd_images" / name, "--text", "red one"]
-    code = command(monkeypatch, evaluate, *line, "--output", tmp_path / "found.png")
-    assert code.startswith("error: ") and name in code and not os.listdir(tmp_path)
-
-
-def test_exit_status_and_stderr(tmp_path, checkpoint):
-    """A process of its own: one line on stderr, nothing on stdout, no traceback, exit status 1."""
-    root = Path(train.__file__).parent
-    line = [
-        sys.executable,
-        root / "evaluate.py",
-        checkpoint,
-        "--image",
-        "absent.jpg",
-        "--text",
-        "x",
-    ]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "absent.jpg" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_split_without_usable_expressions_is_told(monkeypatch, tmp_path, checkpoint):
-    """If all expressions of a split are empty or all its boxes flat, that is one sentence."""
-    rows = [{"texts": ["  "]}, {"bbox": [1, 1, 0, 0]}]
-    make_refer(tmp_path, [{**row, "split": split} for split in ("train", "val") for row in rows])
-    line = [checkpoint, "--dataset", "refcoco", "--data-root", tmp_path, "--output", tmp_path]
-    code = command(monkeypatch, evaluate, *line)
-    assert isinstance(code, str) and code.startswith("error: ") and "val" in code
-
-
-def test_a_vocabulary_of_another_size_is_told(monkeypatch, refer_root, tmp_path, vocabulary):
-    """CLIP's file with a vocabulary beside it that is not its own: one sentence names both."""
-    save_clip(tiny_clip(vocab_size=600, vision_layers=1), tmp_path / "other.pt")
-    shutil.copy(vocabulary, tmp_path)
-    line = words_of(refer_root, tmp_path / "other.pt", tmp_path / "run")
-    code = command(monkeypatch, train, *line)
-    assert "other.pt" in code and "bpe_vocab.txt.gz" in code and "\n" not in code
+def test_help_and_advice_fit_the_programs(capsys):
+    """Help lists losses and fields of the model, data sets and plans; the flags that the advice on
+    memory names are flags: of both programs, or of train.py where it says so."""
+    helps = []
+    for module, line in ((train, ["--help"]), (evaluate, ["dataset", "--help"])):
+        assert exit_of(module, *line) == 0
+        helps.append(capsys.readouterr().out)
+    names = *hivg.LOSS_WEIGHTS, *FIELDS, *data.DATASETS, *train.PLANS
+    assert [name for name in names if name not in helps[0]] == []
+    for advice in clip_model.MEMORY_ERRORS.values():
+        common, _, of_train = advice.replace("--shm-size", "").partition("train.py")
+        for flag in re.findall(r"--[a-z-]+", common):
+            assert flag in helps[0] and flag in helps[1]
+        assert all(flag in helps[0] for flag in re.findall(r"--[a-z-]+", of_train))
