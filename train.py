@@ -208,11 +208,8 @@ def train(model, train_set, val_set, plan, args, last=None):
             check_finite(torch.cat([found.sum(dim=1), scores]), line)
             line |= summary(val_set, found, true)
             bar.clear()
-            print(
-                f"stage {stage.number}, epoch {epoch}: {val_set.split} "
-                f"Acc@0.5 {line['acc']:.2f} %, mean IoU {line['miou']:.2f} %",
-                flush=True,
-            )
+            where = f"stage {stage.number}, epoch {epoch}: {val_set.split}"
+            print(f"{where} Acc@0.5 {line['acc']:.2f} %, mean IoU {line['miou']:.2f} %", flush=True)
             is_best = all(line["acc"] >= old["acc"] for old in past)  # of equals: the later
             past.append(line)
             log.append(line)
@@ -220,16 +217,10 @@ def train(model, train_set, val_set, plan, args, last=None):
                 if is_best:
                     save_checkpoint(output / "best.pt", model)
                 write_text(output / "log.jsonl", "".join(json.dumps(old) + "\n" for old in log))
-                save_checkpoint(
-                    output / "last.pt",
-                    model,
-                    args=vars(args),
-                    log=log,
-                    steps=bar.n,
-                    sizes=[len(train_set), len(val_set)],
-                    optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(),
-                )
+                sizes = [len(train_set), len(val_set)]
+                state = {"args": vars(args), "log": log, "sizes": sizes, "steps": bar.n}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                save_checkpoint(output / "last.pt", model, **state)
         barrier()
         model, _ = hivg.read_checkpoint(output / "best.pt")  # the next stage starts from it (D13)
         model.to(device)
