@@ -104,7 +104,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Holds the blocks of a tower, whose heads are 64 wide; the towers loop over them."""
+    """Holds the blocks of a tower, whose heads are 64 wide (one head if it is narrower than 128); the
+    towers loop over them."""
 
     def __init__(self, width, layers):
         super().__init__()

@@ -9,11 +9,13 @@ An image is scaled and padded to the square that the model sees; boxes go with i
     box x1 y1 x2 y2 in pixels         <--------box_to_pixels-------  box of the model
 
 Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
-robust reading of images, the shapes data set (which is generated), check and download. This file
-knows no model: of clip_model.py it takes errors, PlainUnpickler, clean_text and merge_pair.
+robust reading of images, the shapes data set (which is generated), device and processes, check and
+download. This file
+knows no model: of clip_model.py it takes errors, PlainUnpickler and a few functions on texts.
 
-Boxes are x1, y1, x2, y2 in pixels of the image as stored, except where a docstring says cx, cy, w,
-h: those are 0..1 of the padded square.
+Boxes are x1, y1, x2, y2 in pixels of the image as stored (one's own: as viewers show it), except
+where a docstring says cx, cy, w, h: those are 0..1 of the padded square. Letters: S side of the
+square in pixels, B samples, n scenes or boxes.
 """
 
 import math
@@ -76,32 +78,32 @@ from clip_model import (
 
 
 class Geometry(NamedTuple):
-    """Where an image lies in the model's square: `region` of it is drawn into `inner`. Of a batch,
+    """Where an image lies in the model's square: `crop` of it is drawn into `inner`. Of a batch,
     both are tensors [B, 4]."""
 
-    region: tuple  # x1, y1, x2, y2 in the image's pixels; for evaluation all of it
+    crop: tuple  # x1, y1, x2, y2 in the image's pixels; for evaluation all of it
     inner: tuple  # left, top, width, height in the square, whole pixels; the rest is padding
     side: int  # S, of the square, in pixels
 
 
-def letterbox(region, side, long_side=None, padding_shares=(0.5, 0.5)):
-    """The Geometry that scales a region to a long side of `long_side` pixels (None: `side`) and
+def letterbox(crop, side, long_side=None, padding_shares=(0.5, 0.5)):
+    """The Geometry that scales a crop to a long side of `long_side` pixels (None: `side`) and
     places it in the square.
 
     The aspect is kept up to whole pixels; the short side has at least one. padding_shares: how much
     of the padding goes to the left and to the top, one half each for evaluation.
     """
-    width, height = region[2] - region[0], region[3] - region[1]
+    width, height = crop[2] - crop[0], crop[3] - crop[1]
     scale = (long_side or side) / max(width, height)
     inner = [max(1, round(length * scale)) for length in (width, height)]
     place = [round((side - length) * share) for length, share in zip(inner, padding_shares)]
-    return Geometry(region, (*place, *inner), side)
+    return Geometry(crop, (*place, *inner), side)
 
 
 def box_to_square(box, geometry):
     """A box x1, y1, x2, y2 in the image's pixels -> tensor [4], cx, cy, w, h, 0..1, of the square.
-    The part outside the region is cut off."""
-    x1, y1, x2, y2 = geometry.region
+    The part outside the crop is cut off."""
+    x1, y1, x2, y2 = geometry.crop
     left, top, width, height = geometry.inner
     scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)  # they differ: sizes are rounded
     low_x, high_x = [left + (min(max(x, x1), x2) - x1) * scale_x for x in (box[0], box[2])]
@@ -113,7 +115,7 @@ def box_to_square(box, geometry):
 def box_to_pixels(boxes, geometry):
     """Tensor [..., 4] of cx, cy, w, h, 0..1, of the square -> [..., 4] of x1, y1, x2, y2 in the
     image's own pixels, clipped to the image. The inverse of `box_to_square`."""
-    parts = (geometry.region, geometry.inner, boxes * geometry.side)
+    parts = (geometry.crop, geometry.inner, boxes * geometry.side)
     (start, end), (place, size), (centre, box_size) = (
         torch.as_tensor(part).to(boxes).split(2, dim=-1)
         for part in parts  # [..., 2] each
@@ -126,10 +128,10 @@ def box_to_pixels(boxes, geometry):
 
 
 def to_square(image, geometry):
-    """The region of an RGB PIL image at the size of `inner`: uint8 [3, S, S], 0 in the padding."""
+    """The crop of an RGB PIL image at the size of `inner`: uint8 [3, S, S], 0 in the padding."""
     left, top, width, height = geometry.inner
     square = np.zeros((geometry.side, geometry.side, 3), np.uint8)
-    image = image.resize((width, height), Image.BILINEAR, box=geometry.region)
+    image = image.resize((width, height), Image.BILINEAR, box=geometry.crop)
     square[top : top + height, left : left + width] = image
     return torch.from_numpy(square).permute(2, 0, 1).contiguous()
 
@@ -154,15 +156,15 @@ def random_geometry(rng, size, box, text, side):
     is computed in the image's own pixels, so that the image is resized only once. It contains the
     centre of the box. A text with one of PLACE_WORDS gets no crop, which could make it wrong.
     """
-    region = (0, 0, *size)
+    crop = (0, 0, *size)
     if rng.random() < 0.5 and not any(word in text.lower() for word in PLACE_WORDS):
         scale = rng.choice((400, 500, 600)) / min(size)
         x1, x2 = random_interval(rng, size[0], box[0], box[2], scale)
         y1, y2 = random_interval(rng, size[1], box[1], box[3], scale)
-        region = (x1, y1, x2, y2)
+        crop = (x1, y1, x2, y2)
     step = side / 7  # 32 pixels for S = 224: the long side is one of 224, 192, ..., 64, 56
     long_side = max(side - step * rng.randrange(7), side / 4)
-    return letterbox(region, side, long_side, (rng.random(), rng.random()))
+    return letterbox(crop, side, long_side, (rng.random(), rng.random()))
 
 
 def random_interval(rng, length, low, high, scale):
@@ -202,7 +204,7 @@ class GroundingDataset(Dataset):
     """The expressions of one split. Item [i] is a dict:
 
     image   uint8 [3, S, S], 0 in the padding
-    region  float32 [4]: x1, y1, x2, y2, the part of the image that is seen, in its pixels
+    crop  float32 [4]: x1, y1, x2, y2, the part of the image that is seen, in its pixels
     inner   int64 [4]: left, top, width, height of that part in the square
     tokens  int64 [77], only if there is a tokenizer
     text    str
@@ -241,7 +243,7 @@ class GroundingDataset(Dataset):
             image, geometry = self.images[sample.image]
         item = {
             "image": image,
-            "region": torch.tensor(geometry.region, dtype=torch.float32),
+            "crop": torch.tensor(geometry.crop, dtype=torch.float32),
             "inner": torch.tensor(geometry.inner),
             "text": sample.text,
             "box": box_to_square(sample.box, geometry),
@@ -317,8 +319,8 @@ class BatchLoader:
 
 
 def mix_seed(*numbers):
-    """A seed that follows from whole numbers below 2^32. Other numbers give another seed, but zeros
-    at their end do not count."""
+    """A seed that follows from whole numbers below 2^32. Other numbers give another seed; among the
+    first four, zeros at the end do not count."""
     return int(np.random.default_rng(numbers).integers(2**62))
 
 
@@ -804,13 +806,13 @@ def to_rgb(image, path="the image"):
 
 def reduce_while_decoding(image, geometry):
     """For speed: a JPEG that is not decoded yet will be decoded at a half, a quarter or an eighth of
-    its size, if the region needs no more. Returns the Geometry in the reduced image."""
-    x1, _, x2, _ = geometry.region
+    its size, if the crop needs no more. Returns the Geometry in the reduced image."""
+    x1, _, x2, _ = geometry.crop
     scale = geometry.inner[2] / (x2 - x1)
     width, height = image.size
     draft = image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
     reduction = draft[1][2] / width if draft else 1  # draft: (mode, box of the reduced image)
-    return geometry._replace(region=tuple(value * reduction for value in geometry.region))
+    return geometry._replace(crop=tuple(value * reduction for value in geometry.crop))
 
 
 # ------------------------------------------------------------------------------- the shapes data set

@@ -102,7 +102,7 @@ def predict(model, dataset, batch_size=64, workers=0, bf16=False, loader=None):
     reader = data.progress(loader(batches), "  evaluating", len(batches), leave=False)
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for indices, batch in zip(batches, reader):
-            geometry = data.Geometry(batch["region"], batch["inner"], dataset.image_size)
+            geometry = data.Geometry(batch["crop"], batch["inner"], dataset.image_size)
             true = data.box_to_pixels(batch["box"], geometry)
             batch = model.inputs(batch)
             output = model(batch["image"], batch["tokens"], batch["padding"])

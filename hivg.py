@@ -237,8 +237,8 @@ torch.export.register_dataclass(HiVGOutput)  # so that the model can be exported
 class TextFeatures:
     """What the model takes from CLIP's text tower."""
 
-    features: list  # the f^i of the layers in text_layers, [B, T, d_t] each
-    joint: torch.Tensor  # all tokens in CLIP's joint space, [B, T, D]
+    hidden: list  # the f^i of the layers in text_layers, [B, T, d_t] each
+    projected: torch.Tensor  # all tokens in CLIP's joint space, [B, T, D]
     end: torch.Tensor  # [B], the position of the end token
 
 
@@ -325,7 +325,7 @@ class HiVG(nn.Module):
             region_logits=self.region_logits(z, text.end),
             patch_padding=masks.patch,
             image_vectors=F.normalize(self.clip.visual.project(x).float(), dim=-1),
-            text_vectors=F.normalize(at(text.joint, text.end).float(), dim=-1),
+            text_vectors=F.normalize(at(text.projected, text.end).float(), dim=-1),
         )
 
     @torch.no_grad()  # the text tower is frozen and does not see the image
@@ -333,8 +333,8 @@ class HiVG(nn.Module):
         """tokens [B, T] -> TextFeatures."""
         states = self.clip.text_hidden_states(tokens)  # f^1, f^2, ...
         return TextFeatures(
-            features=[states[layer - 1] for layer in self.config.text_layers],
-            joint=self.clip.project_text(states[-1]),
+            hidden=[states[layer - 1] for layer in self.config.text_layers],
+            projected=self.clip.project_text(states[-1]),
             end=end_of_text(tokens),
         )
 
@@ -348,8 +348,8 @@ class HiVG(nn.Module):
         x = self.clip.visual.embed(images)  # [B, 1 + N, d_v]
         visual_levels = []
         for number, block in enumerate(self.visual_blocks, start=1):
-            bridge = self.bridges[str(number)] if number in contexts else None
             t = contexts.get(number)
+            bridge = None if t is None else self.bridges[str(number)]
             x = self.maybe_checkpoint(bridged_block, x, block, bridge, t, masks.text_for_bridge)
             if number in self.config.visual_layers:
                 visual_levels.append(x)
@@ -360,9 +360,9 @@ class HiVG(nn.Module):
         if self.config.stage < 0:
             return {}
         if self.config.bridge_text == "projected":
-            return dict.fromkeys(self.config.bridge_layers, self.mixture_proj(text.joint))
+            return dict.fromkeys(self.config.bridge_layers, self.mixture_proj(text.projected))
         return {
-            int(layer): bridge.text_context(text.features) for layer, bridge in self.bridges.items()
+            int(layer): bridge.text_context(text.hidden) for layer, bridge in self.bridges.items()
         }
 
     def grounding_encoder(self, visual_levels, text, masks):
@@ -373,7 +373,7 @@ class HiVG(nn.Module):
         visual = self.visual_proj(visual_levels)  # [B, 1 + N, D]
         reg = self.reg_token.expand(visual.shape[0], 1, -1)  # [B, 1, D]
         # cat takes the widest dtype, that of reg: z, the residual stream, is float32 under autocast
-        z = torch.cat([reg, visual, self.text_proj(text.joint)], dim=1)  # [B, K, D]
+        z = torch.cat([reg, visual, self.text_proj(text.projected)], dim=1)  # [B, K, D]
         positions = self.grounding_positions[: z.shape[1]]
         never = masks.patch.new_zeros(z.shape[0], 2)  # [REG] and [CLS] are no padding
         padding = torch.cat([never, masks.patch, masks.text], dim=1)  # [B, K]
@@ -399,18 +399,18 @@ class HiVG(nn.Module):
             CLIP's weights, logit scale               no         no        no
             pairs of HiLoRA                          none       none      k = j; older ones: no
             bridges                                   no         yes       yes
-            projections, grounding encoder, heads     yes        yes       yes
+            projections, grounding encoder, heads     yes        yes       yes   (mixture_proj: as bridges)
 
         Vanilla LoRA has one pair in every layer, which trains in all stages j. A new pair and a new
         bridge change no output. Entering an earlier stage gives the outputs of that stage.
         """
         self.config.stage = stage
         frozen = ("clip.", "bridges.", "mixture_proj.") if stage < 0 else "clip."
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters():  # pairs lie below clip.: see the next lines
             parameter.requires_grad_(not name.startswith(frozen))
         if self.config.adapters == "vanilla":
             lora.enter_stage(self.visual_blocks, min(stage, 1), groups=1)
-        else:  # without adapters there is nothing to enter
+        else:  # hilora; none: there are no LoRALinears to enter a stage
             lora.enter_stage(self.visual_blocks, stage, self.config.groups)
 
     def inputs(self, batch):
@@ -475,7 +475,7 @@ class HiVG(nn.Module):
 
 
 def bridged_block(x, block, bridge, t, text_padding):
-    """A block of CLIP's image tower with a bridge between self-attention and MLP, or None.
+    """A block of CLIP's image tower; `bridge` (None: there is none) stands between its two lines.
 
     x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v].
     """

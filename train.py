@@ -130,7 +130,7 @@ def train_step(model, batches, seeds, optimizer, scaler, args, dtype=None):
     Returns this process's share of the mean losses, [losses], on the device: nothing here waits for
     a GPU.
     """
-    bare_model = getattr(model, "module", model)  # HiVG itself
+    bare_model = getattr(model, "module", model)  # inside DistributedDataParallel
     means = 0
     for number, (batch, seed) in enumerate(zip(batches, seeds), start=1):
         torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def train_step(model, batches, seeds, optimizer, scaler, args, dtype=None):
         losses = compute_losses(output, batch, bare_model.clip.logit_scale)
         loss = sum(args.loss[name] * losses[name] for name in losses)
         scaler.scale(loss * world_size() / args.batches).backward()
-        means += torch.stack(list(losses.values())).detach() / args.batches
+        means += torch.stack([losses[name] for name in LOSS_WEIGHTS]).detach() / args.batches
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(bare_model.parameters(), MAX_NORM)
     scaler.step(optimizer)  # float16: makes no step if a gradient is not finite
@@ -292,7 +292,7 @@ def make_plan(args, model, train_set):
     name = next(name for name in (args.preset, kind, f"{size}-{kind}", size) if name in PLANS)
     first, groups = 0 if args.init else -1, model.config.groups
     plan = [Stage(*row) for row in PLANS[name] if first <= row[0] <= groups]
-    plan += [plan[-1]._replace(number=number) for number in range(4, groups + 1)]
+    plan += [plan[-1]._replace(number=number) for number in range(4, groups + 1)]  # rows end with 3
     for flag in ("epochs", "lr", "batch_size"):
         if values := getattr(args, flag):
             if len(values) not in (1, len(plan)):
@@ -422,9 +422,9 @@ def run(args):
     """A whole run: model, data, training, and the evaluation of all splits but train."""
     device, output, name = data.setup_device(args.device), Path(args.output), args.dataset[0]
     is_shapes = name in data.TRAIN_SCENES
-    last, content = output / "last.pt", None
-    if last.exists() and not args.resume:
-        raise HiVGError(f"{last} is of an earlier run: give --resume, or another --output.")
+    last_path, last = output / "last.pt", None
+    if last_path.exists() and not args.resume:
+        raise HiVGError(f"{last_path} is of an earlier run: give --resume, or another --output.")
     if args.init and Path(args.init).resolve() == (output / "best.pt").resolve():
         raise HiVGError(f"{args.init} would be overwritten: name another --output.")
     if args.batches < world_size():
@@ -437,9 +437,9 @@ def run(args):
         data.make_shapes(args.data_root, name)
         args.workers, args.no_augment = 0, True  # there are plenty, and they stay in memory
     annotations = {name: data.read_annotations(name, args.data_root) for name in args.dataset}
-    if last.exists():
-        model, content = hivg.read_checkpoint(last)
-        check_resumable(args, content, last)
+    if last_path.exists():
+        model, last = hivg.read_checkpoint(last_path)
+        check_resumable(args, last, last_path)
     else:
         model = build_model(args, device)
     if process_rank() == 0:
@@ -450,29 +450,31 @@ def run(args):
     )
     val_set = grounding_dataset(model, annotations, args.select, cache=is_shapes)
     sizes = [len(train_set), len(val_set)]
-    if content and content["sizes"] != sizes:
+    if last and last["sizes"] != sizes:
         raise HiVGError(
-            f"train and {args.select} have {sizes} expressions, {last} is of {content['sizes']}: "
+            f"train and {args.select} have {sizes} expressions, {last_path} is of {last['sizes']}: "
             "restore the files, or start a new --output."
         )
     plan = make_plan(args, model, train_set)
     print_summary(args, plan, model, train_set)
     # Plain attention is twice as fast as the fused kernel here (small heads, AVX2).
     with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
-        model = train(model, train_set, val_set, plan, args, content).merge()
+        model = train(model, train_set, val_set, plan, args, last).merge()
     for name, splits in annotations.items():
         evaluate_splits(model, name, splits, output, workers=args.workers)
 
 
-def check_resumable(args, content, last):
+def check_resumable(args, last, last_path):
     """Raise HiVGError unless this command is that of the run in last.pt, FREE_FLAGS aside."""
-    for name, value in content["args"].items():
+    for name, value in last["args"].items():
         if name not in FREE_FLAGS and getattr(args, name) != value:
             raise HiVGError(
-                f"{last} is of a run with --{name.replace('_', '-')} {value}: give that, or a new --output."
+                f"{last_path} is of a run with --{name.replace('_', '-')} {value}: give that, or a new --output."
             )
-    if not last.with_name("best.pt").is_file():
-        raise HiVGError(f"best.pt is missing beside {last}: put it back, or start a new --output.")
+    if not last_path.with_name("best.pt").is_file():
+        raise HiVGError(
+            f"best.pt is missing beside {last_path}: put it back, or start a new --output."
+        )
 
 
 def parameter_table(model):

@@ -232,9 +232,9 @@ def test_a_box_covers_its_object(painted, augment):
         seen = torch.zeros(112, 112, dtype=torch.bool)
         seen[top : top + height, left : left + width] = True
         assert torch.equal(image.any(dim=0), seen)
-        geometry = data.Geometry(item["region"], item["inner"], 112)
+        geometry = data.Geometry(item["crop"], item["inner"], 112)
         annotated = torch.tensor(dataset.samples[index].box).view(2, 2)
-        annotated = annotated.clamp(*item["region"].view(2, 2)).flatten()
+        annotated = annotated.clamp(*item["crop"].view(2, 2)).flatten()
         close(box_to_pixels(item["box"], geometry), annotated, 1e-2)
         looks.add((width, image[0][~green & seen].median().item()))
     sizes, greys = map(set, zip(*looks))
@@ -259,7 +259,7 @@ def test_crops_keep_the_centre_and_spare_words_of_place():
         lefts.add(left)
         text = ("Leftmost one", "the RIGHT", "top", "bottom", "middle")[seed % 5]
         uncropped = data.random_geometry(random.Random(seed), size, box, text, 224)
-        assert uncropped.region == (0, 0, *size)
+        assert uncropped.crop == (0, 0, *size)
     assert 100 < len(crops) < 200 and long_sides == {224, 192, 160, 128, 96, 64, 56}
     assert min(len(lefts), len(set(crops))) > 50
 
@@ -287,7 +287,7 @@ def test_large_photographs_are_decoded_at_a_fraction(tmp_path):
         geometry = letterbox((200, 100, 1000, 700), 800, width)
         reduced = data.reduce_while_decoding(image, geometry)
         assert image.size == (1600 / fraction, 1200 / fraction)
-        assert reduced.region == tuple(value / fraction for value in geometry.region)
+        assert reduced.crop == tuple(value / fraction for value in geometry.crop)
         assert reduced.inner == geometry.inner
 
 
@@ -315,7 +315,7 @@ def test_batches(refer_root, tokenizer):
     assert batch["image"].shape == (3, 3, 64, 64) and batch["image"].dtype == torch.uint8
     assert torch.equal(batch["tokens"], tokenizer(batch["text"])[:, :4])
     for row, index in enumerate((5, 0, 2)):
-        for key in ("image", "region", "inner", "box", "object"):
+        for key in ("image", "crop", "inner", "box", "object"):
             for other in (plain, kept, kept):
                 assert torch.equal(batch[key][row], torch.as_tensor(other[index][key]))
     assert "tokens" not in plain[0] and len(kept.images) == 3 and len(plain.images) == 1
