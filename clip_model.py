@@ -729,6 +729,7 @@ MEMORY_ERRORS = {  # words of torch's RuntimeErrors -> what its user can do
     "DataLoader worker (pid": "A process that reads images was killed, mostly for lack of memory: give "
     "fewer --workers, or start the container with --shm-size=4g.",
     "can't allocate memory": "The machine has too little memory: give a smaller --batch-size.",
+    "Connection closed by peer": "Another process has stopped; its error stands above.",
     "out of memory": "The GPU has too little memory: give a smaller --batch-size; train.py also has "
     "--checkpointing.",
 }

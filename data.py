@@ -575,14 +575,17 @@ def find_files(name, data_root):
     """(family, {split: path}) of a data set, from the first family whose files are in the data root
     or (but for own data) one folder below. Raises HiVGError if there are none."""
     info = DATASETS[name]
+    found = {}  # family: its files
     for family, pattern in info.files.items():
-        paths = {}
         for place in [pattern] if "own" in info.files else [pattern, f"*/{pattern}"]:
             for split in info.splits:
                 for path in sorted(Path(data_root).glob(place.format(split))):
-                    paths.setdefault(split, str(path))
-        if paths:
-            return family, paths
+                    found.setdefault(family, {}).setdefault(split, str(path))
+    if len(found) > 1 and "own" in info.files:
+        files = [path for paths in found.values() for path in paths.values()]
+        raise HiVGError(f"{', '.join(files)}: all splits of one's own data take one format.")
+    if found:
+        return next(iter(found.items()))
     files = " or ".join(info.files.values()).replace("{}", "train")
     raise HiVGError(
         f"{data_root} has no expressions of {name}, looked for {files} there"
@@ -1207,7 +1210,8 @@ def check_dataset(name, data_root):
     if "own" in info.files and len(sized) >= 10:
         problems += wrong_units(*map(np.array, zip(*sized)))
     seen = {}  # (image, text): where it was seen first
-    published = dict(zip(info.splits, info.published)) or dict.fromkeys(annotations, 1)
+    published = dict(zip(info.splits, info.published))
+    published = published or dict.fromkeys(annotations or ["train"], 1)
     for split, expected in published.items():
         samples, notes, _ = annotations.get(split, Split((), Counter(), ()))
         for sample in samples:
@@ -1243,7 +1247,8 @@ def wrong_units(boxes, sizes):
             return [f"the boxes look like {name} of the image, not pixels"]
     if (boxes[:, :2] + boxes[:, 2:] <= limits).all():  # else all centres lie in one quarter
         return ["the boxes look like x, y, width, height, not x1, y1, x2, y2"]
-    if outside > max(2, len(boxes) / 4):
+    beyond = (boxes[:, :2] >= sizes).any(axis=1).sum()
+    if beyond > max(2, len(boxes) / 10) or outside > max(2, len(boxes) / 4):
         return [
             f"{outside} of {len(boxes)} boxes stick out of their images: are they x1, y1, x2, y2?"
         ]

@@ -27,6 +27,7 @@ from hivg import box_iou, load_checkpoint
 # isort: split
 # imports of the sections on drawings and command line
 import argparse
+import functools
 import os
 import textwrap
 
@@ -203,7 +204,9 @@ def evaluate_splits(model, name, annotations, output, splits=None, **options):
 def grounding_dataset(model, annotations, split, **options):
     """The GroundingDataset of a split for this model: see data.open_split."""
     model.tokenize("")  # reads CLIP's vocabulary, if the model has none of its own
-    options |= {"image_size": model.config.image_size, "tokenizer": model.tokenizer}
+    length = model.clip.config.context_length
+    tokenizer = functools.partial(model.tokenizer, context_length=length)
+    options |= {"image_size": model.config.image_size, "tokenizer": tokenizer}
     return data.open_split(annotations, split, **options)
 
 
@@ -331,12 +334,13 @@ def image_grid(panels, columns, side=240):
     """One PIL image of many. panels: a list of (PIL image, caption); each gets `side` pixels."""
     width, height = side + 8, side + 44
     grid = Image.new("RGB", (columns * width, math.ceil(len(panels) / columns) * height), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(grid)
     for place, (image, caption) in enumerate(panels):
         x, y = 4 + place % columns * width, 4 + place // columns * height
         left, top, *size = data.letterbox((0, 0, *image.size), side).inner
         grid.paste(image.resize(size), (x + left, y + top))
-        draw.text((x, y + side + 2), textwrap.fill(caption, 34, max_lines=2), "black", font)
+        font, caption = font_for(caption, 14), textwrap.fill(caption, 34, max_lines=2)
+        draw.text((x, y + side + 2), caption, "black", font)
     return grid
 
 

@@ -82,10 +82,13 @@ class HiVGConfig:
         """A copy in which nothing is None: the paper's layers V and C for a CLIP of this depth,
         its last text layer, its image size. Raises ValueError for values that make no model, and
         HiVGError for layers that this CLIP does not have."""
+        counts = self.heads, self.groups, self.grounding_layers, self.rank
         if (
             self.adapters not in ("hilora", "vanilla", "none")
             or self.bridge_text not in ("layers", "projected")
-            or min(self.heads, self.groups, self.grounding_layers, self.rank) < 1
+            or {type(count) for count in counts} != {int}
+            or min(counts) < 1
+            or type(self.authors_masks) is not bool
             or clip_config.embed_dim % self.heads
         ):
             raise ValueError(f"{self} is no model")
@@ -102,7 +105,9 @@ class HiVGConfig:
             layers[name] = default if given is None else tuple(sorted(set(given)))
             if absent := sorted(set(layers[name]) - set(range(1, depth + 1))):
                 raise HiVGError(f"{name} {absent}: choose among this CLIP's layers 1 to {depth}.")
-        return replace(self, image_size=self.image_size or clip_config.image_size, **layers)
+        if self.image_size is None:
+            layers["image_size"] = clip_config.image_size
+        return replace(self, **layers)
 
 
 def default_layers(depth, is_336):
@@ -758,7 +763,6 @@ def convert_authors(weights, args):
         heads=args["vl_nheads"],
         feedforward=state["grounding_layers.0.mlp.0.weight"].shape[0],
         region_width=state["region_mlp.0.weight"].shape[0],
-        adapters="none",
         authors_masks=True,
     )
     return state, config

@@ -114,6 +114,9 @@ def add_lora(layers, targets, rank=32, alpha=16, dropout=0.1):
             if reason := why_not(layer, name, blocks):
                 linears = [n for n, module in layer.named_modules() if type(module) is nn.Linear]
                 raise ValueError(f"{name!r} cannot be adapted: {reason}; Linears: {linears}")
+    linears = {layer.get_submodule(name) for layer in layers for name in targets}
+    if len(linears) < len(layers) * len(targets):
+        raise ValueError("a Linear is the target of two layers or names, pairs belong to one")
     for layer in layers:
         for name, blocks in targets.items():
             linear = layer.get_submodule(name)
@@ -135,7 +138,8 @@ def why_not(layer, name, blocks):
         return "its weight is computed (weight_norm, spectral_norm, pruning)"
     if not module.weight.is_floating_point():
         return "its weight is quantised"
-    if module._forward_pre_hooks or module._forward_hooks or module._backward_hooks:
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_hooks
+    if any(hooks) or module._backward_pre_hooks or "forward" in vars(module):
         return "it has hooks, which would be lost"
     if isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer):
         return "nn.TransformerEncoderLayer reads weights without calling their Linear"

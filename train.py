@@ -329,7 +329,7 @@ def build_model(args, device):
         if not path.exists():
             train_shapes_clip(path, args.seed, device)
     clip = clip_model.load_clip(path)
-    beside = Path(path).with_name("bpe_vocab.txt.gz")
+    beside = Path(path if Path(path).is_dir() else Path(path).parent, "bpe_vocab.txt.gz")
     tokenizer = Tokenizer(beside) if beside.is_file() else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != clip.config.vocab_size:
         raise HiVGError(f"{path} is of another vocabulary: put its own beside it, {beside}.")
@@ -361,7 +361,7 @@ def train_shapes_clip(path, seed, device):
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
-    captions = json.loads((folder / "captions.json").read_text())  # {image: captions}
+    captions = data.read_json(folder / "captions.json")  # {image: captions}
     names = np.array(list(captions))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip_model.MEAN, clip_model.STD))
 
@@ -466,10 +466,12 @@ def run(args):
 
 def check_resumable(args, last, last_path):
     """Raise HiVGError unless this command is that of the run in last.pt, FREE_FLAGS aside."""
+    if "optimizer" not in last:
+        raise HiVGError(f"{last_path} is no last.pt of a run: start a new --output.")
     for name, value in last["args"].items():
-        if name not in FREE_FLAGS and getattr(args, name) != value:
+        if name not in FREE_FLAGS and getattr(args, name, None) != value:
             raise HiVGError(
-                f"{last_path} is of a run with --{name.replace('_', '-')} {value}: give that, or a new --output."
+                f"{last_path} is of a run with --{name.replace('_', '-')} {value}: give the same, or a new --output."
             )
     if not last_path.with_name("best.pt").is_file():
         raise HiVGError(
@@ -567,6 +569,7 @@ def main():
         default=default_workers(),
     )
     args = parser.parse_args()
+    args.dataset = list(dict.fromkeys(args.dataset))
     args.output = args.output or f"runs/{'_'.join(args.dataset)}"
     args.loss, args.model = LOSS_WEIGHTS | dict(args.loss), dict(args.model)
     from_few = {"own", *data.TRAIN_SCENES} & set(args.dataset)
