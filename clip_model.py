@@ -309,15 +309,6 @@ class Tokenizer:
         """The ids of a text without start and end token. Only 10,000 characters are read."""
         return [number for word in split_words(text) for number in self.encode_word(word)]
 
-    def unread_words(self, text, context_length=77):
-        """The words of a text that do not fit between start and end token any more."""
-        words, tokens = split_words(text), 2
-        for number, word in enumerate(words):
-            tokens += len(self.encode_word(word))
-            if tokens > context_length:
-                return words[number:]
-        return []
-
     def unseen_words(self, text):
         """The words of a text, each once, that are no single symbol of a small vocabulary, which
         has one for every word of its training texts. [] with CLIP's vocabulary."""

@@ -11,7 +11,7 @@ the drawings, and the command line.
 
 import json
 import math
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ def ground_texts(model, image, texts):
     return list(map(Grounding, boxes, output.scores().tolist(), maps))
 
 
-def predict(model, dataset, batch_size=64, workers=0, bf16=False, loader=None):
+def predict(model, dataset, batch_size=64, workers=0, loader=None):
     """The boxes of a whole dataset in its order: (found, true, scores), [len(dataset), 4] twice, as
     x1, y1, x2, y2 in the image's pixels, found ones clipped to the image, and [len(dataset)].
 
@@ -101,7 +101,7 @@ def predict(model, dataset, batch_size=64, workers=0, bf16=False, loader=None):
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     rows = torch.zeros(len(dataset), 9)  # found box, true box, score
     reader = data.progress(loader(batches), "  evaluating", len(batches), leave=False)
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with evaluating(model):
         for indices, batch in zip(batches, reader):
             geometry = data.Geometry(batch["crop"], batch["inner"], dataset.image_size)
             true = data.box_to_pixels(batch["box"], geometry)
@@ -185,16 +185,17 @@ def evaluate_splits(model, name, annotations, output, splits=None, **options):
     annotations: what data.read_annotations gives; options: of `predict`.
     """
     rows = []
-    for split in splits or [split for split in annotations if split != "train"]:
-        dataset = grounding_dataset(model, {name: annotations}, split)
+    chosen = splits or [split for split in annotations if split != "train"]
+    # all are opened at once: what is missing is told before the first is evaluated
+    for dataset in [grounding_dataset(model, {name: annotations}, split) for split in chosen]:
         found, true, scores = predict(model, dataset, **options)
         rows.append(summary(dataset, found, true))
         if process_rank() == 0:
             for line in dataset.report:
                 print(line)
-            contact_sheet(dataset, found, true, output / f"{name}_{split}.png")
+            contact_sheet(dataset, found, true, output / f"{name}_{dataset.split}.png")
             lines = box_lines(dataset, found, true, scores)
-            clip_model.write_text(output / f"boxes_{name}_{split}.jsonl", "".join(lines))
+            clip_model.write_text(output / f"boxes_{name}_{dataset.split}.jsonl", "".join(lines))
     if process_rank() == 0:
         path = output / f"{'_'.join(['results', name, *(splits or ())])}.json"
         print(f"{name}:\n{format_table(rows)}\nwritten to {path}")
@@ -279,28 +280,11 @@ def draw_box(image, box, colour, label=""):
     draw, side = ImageDraw.Draw(image), max(image.size)
     draw.rectangle(box, outline=colour, width=max(1, side // 120))
     if label:
-        font = font_for(label, max(14, side // 50))
+        font = ImageFont.load_default(max(14, side // 50))
         _, _, width, height = draw.textbbox((0, 0), label, font)
         place = max(0, min(box[0], image.width - width)), max(0, box[1] - height)
         draw.rectangle(draw.textbbox(place, label, font), fill=colour)
         draw.text(place, label, "white", font)
-
-
-def font_for(text, size):
-    """PIL's own font, or the first of the system's in FONTS that has all characters of a text; None if
-    there is none."""
-    fonts = [ImageFont.load_default(size)]
-    for name in FONTS:
-        with suppress(OSError):  # not there
-            fonts.append(ImageFont.truetype(name, size))
-    for font in fonts:
-        missing = bytes(font.getmask("\uffff"))  # what is drawn for a character that a font lacks
-        if all(bytes(font.getmask(character)) != missing for character in text):
-            return font
-    return None
-
-
-FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc")
 
 
 def draw_groundings(image, groundings, texts, side=480):
@@ -309,10 +293,8 @@ def draw_groundings(image, groundings, texts, side=480):
     scale = math.ceil(side / max(image.size))
     drawing = ImageOps.scale(image, scale)
     for number, (grounding, text) in enumerate(zip(groundings, texts), start=1):
-        label = textwrap.shorten(text, 60)
-        if font_for(label, 14) is None:
-            print(f"(no font here has all characters of {text!r}: in the drawing it is {number})")
-            label = number
+        # PIL's own font has ASCII alone: of another text its number is drawn
+        label = textwrap.shorten(text, 60) if text.isascii() else number
         box = [scale * value for value in grounding.box]
         colour = COLOURS[(number - 1) % len(COLOURS)]
         draw_box(drawing, box, colour, f"{label}  {grounding.score:.2f}")
@@ -339,8 +321,8 @@ def image_grid(panels, columns, side=240):
         x, y = 4 + place % columns * width, 4 + place // columns * height
         left, top, *size = data.letterbox((0, 0, *image.size), side).inner
         grid.paste(image.resize(size), (x + left, y + top))
-        font, caption = font_for(caption, 14), textwrap.fill(caption, 34, max_lines=2)
-        draw.text((x, y + side + 2), caption, "black", font)
+        caption = textwrap.fill(caption, 34, max_lines=2)
+        draw.text((x, y + side + 2), caption, "black", font_size=14)
     return grid
 
 
@@ -403,10 +385,8 @@ def run_image(args):
         print(f"score {grounding.score:.2f}  {args.image}: {text}: {box}")
         if unseen := model.tokenizer.unseen_words(text):
             print(f"(this model was trained without the words: {', '.join(unseen)})")
-        if unread := model.tokenizer.unread_words(text):
-            print(f"(CLIP reads 77 tokens; these words were cut: {' '.join(unread)})")
-    if len(args.text) > 1 and not any(" " in text for text in args.text):
-        print(f"(these are {len(args.text)} expressions; quotes keep the words of one together)")
+        if len(model.tokenizer.encode(text)) > 75:
+            print("(CLIP reads 77 tokens: the end of this text was cut)")
     if args.attention:
         drawing = attention_sheet(model, image, args.text, groundings)
     else:
@@ -415,15 +395,12 @@ def run_image(args):
 
 
 def run_dataset(args):
-    """Evaluate splits of data sets. What is missing is told before the first begins."""
+    """Evaluate splits of data sets."""
     annotations = {name: data.read_annotations(name, args.data_root) for name in args.names}
-    for name, splits in annotations.items():
-        for split in args.split or [split for split in splits if split != "train"]:
-            data.open_split({name: splits}, split)
     model = load_checkpoint(args.checkpoint, data.setup_device(args.device))
     output = Path(args.output or Path(args.checkpoint).parent)
     for name, splits in annotations.items():
-        options = {"batch_size": args.batch_size, "workers": args.workers, "bf16": args.bf16}
+        options = {"batch_size": args.batch_size, "workers": args.workers}
         evaluate_splits(model, name, splits, output, args.split, **options)
 
 
@@ -481,7 +458,6 @@ def main():
     add("--output", "folder of the results (default: the checkpoint's)", type=path)
     add("--batch-size", type=number_from(1), default=64)
     add("--workers", "reading processes", type=number_from(0), default=data.default_workers())
-    add("--bf16", "compute in bf16", action="store_true")
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "curve", run_curve, "draw the accuracy over the epochs of runs")

@@ -189,14 +189,13 @@ def test_texts_that_say_nothing(tokenizer, tmp_path):
 
 
 def test_what_a_long_text_loses_is_told(monkeypatch, checkpoint, tmp_path, capsys):
-    """77 tokens are read; the words behind them are printed."""
+    """77 tokens are read, and a line says that a text has more."""
     plain_picture().save(tmp_path / "a.png")
     words = "red " * 90 + "blue one"
     for text, notes in ((words, 1), (words[:300], 0)):
         line = ["image", checkpoint, tmp_path / "a.png", text, "--output", tmp_path / "o.png"]
         assert command(monkeypatch, *line, program=evaluate) is None
-        printed = capsys.readouterr().out
-        assert printed.count("77 tokens") == printed.count(" red blue one)") == notes
+        assert capsys.readouterr().out.count("77 tokens") == notes
 
 
 # ----------------------------------------------------------------------------------------- own data
@@ -509,7 +508,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, capsys):
 
 def test_every_text_has_its_box(monkeypatch, checkpoint, tmp_path, capsys):
     """Several texts: a line for each, and all boxes in one image, each in its own colour. Words that
-    the model never saw are named, and words that the shell has split are worth a hint."""
+    the model never saw are named."""
     plain_picture(500, 400).save(tmp_path / "a.png")
     texts = ["red one", "the blue one", "one"]
     line = ["image", checkpoint, tmp_path / "a.png", *texts, "--output", tmp_path / "o.png"]
@@ -520,21 +519,12 @@ def test_every_text_has_its_box(monkeypatch, checkpoint, tmp_path, capsys):
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
     for colour in evaluate.COLOURS[:3]:
         assert (drawn == colour).all(axis=2).sum() > 100
-    line[3:6] = "man", "in", "red"
-    assert command(monkeypatch, *line, program=evaluate) is None
-    assert "these are 3 expressions; quotes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("has_font", [False, True])
-def test_words_that_the_font_lacks(monkeypatch, capsys, has_font):
-    """A font that has them, or the text's number, with a line that tells it; never empty boxes."""
-    if not has_font:
-        monkeypatch.setattr(evaluate, "FONTS", ("no such font.ttf",))
+def test_words_that_the_font_lacks(monkeypatch):
+    """The text's number; never empty boxes."""
     texts, drawn = ["a cup", "чашка"], []
     monkeypatch.setattr(evaluate, "draw_box", lambda image, box, colour, label: drawn.append(label))
     grounding = evaluate.Grounding((1, 2, 30, 30), 0.5, None)
     evaluate.draw_groundings(plain_picture(), [grounding] * 2, texts)
-    if not has_font or evaluate.font_for(texts[1], 14) is None:
-        assert drawn == ["a cup  0.50", "2  0.50"] and texts[1] in capsys.readouterr().out
-    else:
-        assert drawn == [f"{text}  0.50" for text in texts] and not capsys.readouterr().out
+    assert drawn == ["a cup  0.50", "2  0.50"]

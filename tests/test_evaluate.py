@@ -322,7 +322,7 @@ def test_data_sets_on_the_command_line(checkpoint, refer_root, tmp_path, capsys)
             for key, threshold in (("acc", 0.5), ("acc70", 0.7), ("acc90", 0.9)):
                 share = (iou >= threshold).float().mean().item()
                 assert row[key] == pytest.approx(100 * share, abs=0.01)
-    more = "--split", "testA", "--bf16", "--batch-size", 1
+    more = "--split", "testA", "--batch-size", 1
     assert exit_of(evaluate, *line, tmp_path / "one", *more) is None
     files = "results_{}_testA.json", "boxes_{}_testA.jsonl", "{}_testA.png"
     assert set(os.listdir(tmp_path / "one")) == {f.format(name) for f in files for name in names}
@@ -369,7 +369,7 @@ def test_bad_input_of_evaluate_is_one_sentence(monkeypatch, tmp_path, checkpoint
 
 @pytest.mark.parametrize(
     "line",
-    ["", "best.pt", "image best.pt a.jpg", "image best.pt a.jpg x --bf16", "dataset best.pt"]
+    ["", "best.pt", "image best.pt a.jpg", "image best.pt a.jpg x --split val", "dataset best.pt"]
     + ["dataset best.pt cocoa", "dataset best.pt refcoco --batch-size 0", "curve"],
 )
 def test_what_makes_no_sense_is_refused(line):
