@@ -372,13 +372,6 @@ def tokenize(texts, context_length=77):
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of pixels
 
-LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
-CLIP_CONFIGS = {  # the released vision transformers
-    "ViT-B/32": CLIPConfig(patch_size=32),
-    "ViT-B/16": CLIPConfig(),
-    "ViT-L/14": CLIPConfig(**LARGE),
-    "ViT-L/14@336px": CLIPConfig(image_size=336, **LARGE),
-}
 CLIP_URL = "https://openaipublic.azureedge.net/clip/models/"
 CLIP_FILES = {  # below CLIP_URL; the long number is the file's sha256
     "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
@@ -391,7 +384,7 @@ VOCABULARY_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d
 
 
 def load_clip(name_or_path):
-    """CLIP by name (a key of CLIP_CONFIGS, downloaded into $CLIP_CACHE) or from a file: float32,
+    """CLIP by name (a key of CLIP_FILES, downloaded into $CLIP_CACHE) or from a file: float32,
     eval mode.
 
     Reads OpenAI's TorchScript archives, state dicts in OpenAI's or Hugging Face's names (.pt, .bin,
@@ -405,13 +398,11 @@ def load_clip(name_or_path):
     if file := CLIP_FILES.get(name_or_path):
         path = download_to_cache(CLIP_URL + file, sha256=file.split("/")[0])
     elif path.is_dir():  # what save_pretrained of transformers and of open_clip write
-        names = "*model.safetensors", "*model.bin", "*.index.json"
+        names = "*model.safetensors", "*model.bin"
         path = next((file for name in names for file in path.glob(name)), path)
     not_clip = f"{path} is not a CLIP ViT checkpoint"
     hint = f"name a file of one, or one of {', '.join(CLIP_FILES)}"
     with user_error(not_clip, hint):
-        if path.name.endswith(".index.json"):
-            raise ValueError("its weights lie in several files: save it anew in one")
         state = read_weights(path)
         of_authors = "model" in state
         state = state.get("model") or state.get("state_dict") or state
@@ -468,30 +459,26 @@ def infer_config(state):
 def check_family(folder, config):
     """Raise ValueError if a config.json (Hugging Face) or open_clip_config.json in the folder of a
     CLIP describes another network than `CLIP`."""
-    for path in (folder / "config.json", folder / "open_clip_config.json"):
-        if not path.is_file():
-            continue
-        described = json.loads(path.read_text(encoding="utf-8"))
+    heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
+    fitting = {  # values of Hugging Face's names; the last two are open_clip's
+        "hidden_act": ["quick_gelu"],
+        "layer_norm_eps": [1e-5],
+        "num_attention_heads": heads,
+        "heads": heads,
+        "head_width": [64],
+    }
+
+    def check(values):  # of the file and of each tower
+        for name in fitting.keys() & values.keys():
+            if values[name] not in fitting[name]:
+                raise ValueError(f"{path} has {name} {values[name]}, not one of {fitting[name]}")
+        return values
+
+    for path in filter(Path.is_file, (folder / "config.json", folder / "open_clip_config.json")):
+        described = json.loads(path.read_text(encoding="utf-8"), object_hook=check)
         described = described.get("model_cfg", described)
         if path.name == "open_clip_config.json" and not described.get("quick_gelu"):
             raise ValueError(f"{path} has no quick_gelu: its activation is another one")
-        for tower, width in (("vision", config.vision_width), ("text", config.text_width)):
-            values = {}
-            for ending in ("config", "config_dict", "cfg"):  # old and new Hugging Face, open_clip
-                values |= described.get(f"{tower}_{ending}") or {}
-            heads = max(1, width // 64)
-            expected = {  # the last two are open_clip's
-                "hidden_act": "quick_gelu",
-                "layer_norm_eps": 1e-5,
-                "num_attention_heads": heads,
-                "heads": heads,
-                "head_width": 64,
-            }
-            for name, value in expected.items():
-                found = values.get(name, value)
-                if found != value:
-                    what = name.replace("head_width", "heads of width")
-                    raise ValueError(f"{path} has {what} {found} in {tower}, not {value}")
 
 
 HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's
@@ -637,12 +624,10 @@ def read_torchscript(archive, folder):
 def read_safetensors(path):
     """A .safetensors file: the length of a JSON header, the header, and the tensors' bytes."""
     dtypes = {
-        "F64": torch.float64,
         "F32": torch.float32,
         "F16": torch.float16,
         "BF16": torch.bfloat16,
         "I64": torch.int64,
-        "I32": torch.int32,
     }
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

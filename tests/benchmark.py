@@ -34,11 +34,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from clip_model import CLIP, CLIP_CONFIGS, Tokenizer  # noqa: E402
+from clip_model import CLIP, CLIPConfig, Tokenizer  # noqa: E402
 from evaluate import adder, number_from  # noqa: E402
 from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, read_checkpoint  # noqa: E402
 
 MIN_SECONDS = 2.0  # of measuring, for each time
+
+LARGE = dict(patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768)
+CLIP_CONFIGS = {  # the released vision transformers
+    "ViT-B/32": CLIPConfig(patch_size=32),
+    "ViT-B/16": CLIPConfig(),
+    "ViT-L/14": CLIPConfig(**LARGE),
+    "ViT-L/14@336px": CLIPConfig(image_size=336, **LARGE),
+}
 
 
 def random_model(name, config=HiVGConfig(stage=3), **sizes):  # noqa: B008
