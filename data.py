@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import argparse
 import fnmatch
 import functools
-import gc
 import gzip
 import io
 import itertools
@@ -47,7 +46,6 @@ import shutil
 import signal
 import socket
 import sys
-import tarfile
 import tempfile
 import unicodedata
 import urllib.request
@@ -347,7 +345,7 @@ class PackedSamples:
 
 COCO_HELP = (
     "python data.py download --dataset NAME fetches what is missing (from web.archive.org and "
-    "images.cocodataset.org); delete a damaged file first"
+    "images.cocodataset.org; zenodo.org/record/4729015 has MDETR's files); delete a damaged file first"
 )
 INDEX_HELP = "the index lists that github.com/linhuixiao/HiVG links to"
 REFERIT_HELP = (
@@ -540,12 +538,8 @@ FAMILIES = {
 
 def parse(path, read):
     """read(open binary file) of an annotation file; its errors become HiVGErrors."""
-    gc.disable()  # it would look through millions of new objects again and again
-    try:
-        with user_error(f"{path} cannot be read", "get it anew"), open(path, "rb") as file:
-            return read(file)
-    finally:
-        gc.enable()
+    with user_error(f"{path} cannot be read", "get it anew"), open(path, "rb") as file:
+        return read(file)
 
 
 def read_json(path):
@@ -1189,7 +1183,6 @@ def worker_pool():
 # ------------------------------------------------------------------------------- check and download
 
 UNC = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}.zip"
-ZENODO = "https://zenodo.org/record/4729015/files/mdetr_annotations.tar.gz"
 TRAIN2014 = "http://images.cocodataset.org/zips/train2014.zip"
 
 
@@ -1273,13 +1266,7 @@ def download_dataset(name, data_root):
         annotations = read_annotations(name, data_root)
     except HiVGError:
         folder = os.path.dirname(info.files["refer"])
-        try:
-            download_and_unpack(UNC.format(info.web_archive, folder), Path(data_root, folder))
-        except HiVGError as error:
-            if "mdetr" not in info.files:
-                raise
-            print(f"{error} Now from {ZENODO}:")
-            download_and_unpack(ZENODO, Path(data_root, "mdetr_annotations"))
+        download_and_unpack(UNC.format(info.web_archive, folder), Path(data_root, folder))
         annotations = read_annotations(name, data_root)
     if any(content.missing for content in annotations.values()):
         download_and_unpack(TRAIN2014, Path(data_root, COCO[0]))
@@ -1287,8 +1274,8 @@ def download_dataset(name, data_root):
 
 
 def download_and_unpack(url, folder):
-    """Download a zip or tar archive and move its files into a folder, flattened. A file is whole when
-    it gets there."""
+    """Download a zip archive and move its files into a folder, flattened. A file is whole when it
+    gets there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     archive = folder.with_name(url.rsplit("/", 1)[1])
     if not archive.exists():  # it is there if an earlier run was stopped while it unpacked
@@ -1296,12 +1283,10 @@ def download_and_unpack(url, folder):
     hint = f"free some room, or delete {archive}, and run it again"
     print(f"unpacking {archive}", flush=True)
     with (
-        user_error(f"{archive} cannot be unpacked", hint, (*READING_ERRORS, tarfile.TarError)),
+        user_error(f"{archive} cannot be unpacked", hint),
         tempfile.TemporaryDirectory(prefix=".unpacking", dir=folder.parent) as unpacked,
     ):
-        shutil.unpack_archive(
-            archive, unpacked, filter=None if archive.suffix == ".zip" else "data"
-        )
+        shutil.unpack_archive(archive, unpacked)
         folder.mkdir(exist_ok=True)
         # in this order refs(...).p, by which a data set is found, comes after instances.json
         for file in sorted(Path(unpacked).rglob("*"), key=lambda file: file.name):

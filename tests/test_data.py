@@ -14,7 +14,6 @@ import pickle
 import random
 import re
 import sys
-import tarfile
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -945,7 +944,6 @@ def server(monkeypatch):
     monkeypatch.setattr(Server, "asked", [])
     address = f"http://127.0.0.1:{running.server_port}"
     monkeypatch.setattr(data, "UNC", address + "/{}/{}.zip")
-    monkeypatch.setattr(data, "ZENODO", address + "/mdetr_annotations.tar.gz")
     monkeypatch.setattr(data, "TRAIN2014", address + "/train2014.zip")
     yield address
     running.shutdown()
@@ -984,22 +982,10 @@ def test_a_server_that_lies_is_not_believed(server, tmp_path):
     assert path.read_bytes() == CONTENT
 
 
-def tar_gz(files):
-    """A tar.gz archive of {name: bytes, or where a link leads}."""
-    with tarfile.open(fileobj=(archive := io.BytesIO()), mode="w:gz") as target:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            if isinstance(content, str):
-                entry.type, entry.linkname, content = tarfile.SYMTYPE, content, b""
-            entry.size = len(content)
-            target.addfile(entry, io.BytesIO(content))
-    return archive.getvalue()
-
-
 def test_download_brings_all_once(server, tmp_path, monkeypatch, capsys):
-    """Annotations (from Zenodo where the web archive has none) and images come to where the loader
-    looks. A second call fetches nothing, a third what has gone missing; an archive that Ctrl-C kept
-    from being unpacked is not fetched again, and damaged annotations are."""
+    """Annotations and images come to where the loader looks. A second call fetches nothing, a third
+    what has gone missing; an archive that Ctrl-C kept from being unpacked is not fetched again, and
+    damaged annotations are."""
     source, root = tmp_path / "source", tmp_path / "data"
     make_refer(source, [{"split": split} for split in data.REFCOCO_SPLITS])
     refs, train2014 = "/20220413011718/refcoco.zip", "/train2014.zip"
@@ -1025,32 +1011,20 @@ def test_download_brings_all_once(server, tmp_path, monkeypatch, capsys):
     (root / "refcoco/instances.json").write_text("{")
     assert download(refs) is None and len(open_split(root)) == 1
 
-    del Server.files[refs]
-    for split in data.REFCOCO_SPLITS:
-        write_family(source, "refcoco", "mdetr", "json", split)
-    files = {f"OpenSource/{path.name}": path.read_bytes() for path in source.glob("*.json")}
-    Server.files["/mdetr_annotations.tar.gz"] = tar_gz(files), "well"
-    (root / "refcoco/refs(unc).p").unlink()
-    assert download(refs, "/mdetr_annotations.tar.gz") is None
-    assert len(open_split(root, "testB")) == 2 and len(os.listdir(root / "mdetr_annotations")) == 4
-
 
 EVIL = {"refcoco/good.json": b"{}", "refcoco/../../../evil.json": b"{}"}
 BAD = {  # what is served as an archive
     "outside.zip": zipped(EVIL),
-    "outside.tar.gz": tar_gz(EVIL),
     "absolute.zip": zipped({str(Path.cwd() / "evil.json"): b"{}"}),
-    "link.tar.gz": tar_gz({"refcoco/link": "/etc/passwd"}),
     "page.zip": b"<html><body>This service is no more.</body></html>" * 100,
     "half.zip": zipped({"refcoco/good.json": CONTENT})[:5000] + bytes(1000),
-    "half.tar.gz": tar_gz({"refcoco/good.json": CONTENT})[:5000],
     "flipped.zip": zipped({"refcoco/good.json": CONTENT}).replace(CONTENT[9:99], bytes(90)),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_archive_leaves_nothing(server, tmp_path, name):
-    """Names that lead outside, links, a web page, damage: nothing is written outside of the folder,
+    """Names that lead outside, a web page, damage: nothing is written outside of the folder,
     what is damaged is told with what to do, and nothing of it comes into the folder."""
     Server.files[f"/{name}"] = BAD[name], "well"
     folder = tmp_path / "a/b/refcoco"
