@@ -269,17 +269,13 @@ class Tokenizer:
 
     def __init__(self, merges_file):
         self.merges_text = str(merges_file)  # checkpoints contain it
-        if "\n" not in self.merges_text:  # a path
-            with user_error(f"The vocabulary {merges_file} cannot be read", "download it again"):
+        with user_error(f"{self.merges_text[:200]} is no vocabulary", "download it again"):
+            if "\n" not in self.merges_text:  # a path
                 opener = gzip.open if self.merges_text.endswith(".gz") else open
                 with opener(merges_file, "rt", encoding="utf-8") as file:
                     self.merges_text = file.read()
-        lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
-        merges = [tuple(line.split()) for line in lines]
-        if any(len(merge) != 2 for merge in merges):
-            raise HiVGError(
-                f"{str(merges_file)[:200]} is no vocabulary, it has lines that are not two symbols: download it again."
-            )
+            lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
+            merges = [(first, second) for first, second in map(str.split, lines)]
         self.ranks = {merge: rank for rank, merge in enumerate(merges)}
         self.byte_symbols = bytes_to_unicode()
         symbols = list(self.byte_symbols.values())

@@ -297,14 +297,14 @@ class BatchLoader:
     them. Raises HiVGError for an image that cannot be read.
     """
 
-    def __init__(self, dataset, workers=0, pin_memory=False):
+    def __init__(self, dataset, workers=0):
         self.dataset, self.batches = dataset, []
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=pin_memory,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )
 
@@ -569,17 +569,14 @@ def find_files(name, data_root):
     """(family, {split: path}) of a data set, from the first family whose files are in the data root
     or (but for own data) one folder below. Raises HiVGError if there are none."""
     info = DATASETS[name]
-    found = {}  # family: its files
     for family, pattern in info.files.items():
+        paths = {}
         for place in [pattern] if "own" in info.files else [pattern, f"*/{pattern}"]:
             for split in info.splits:
                 for path in sorted(Path(data_root).glob(place.format(split))):
-                    found.setdefault(family, {}).setdefault(split, str(path))
-    if len(found) > 1 and "own" in info.files:
-        files = [path for paths in found.values() for path in paths.values()]
-        raise HiVGError(f"{', '.join(files)}: all splits of one's own data take one format.")
-    if found:
-        return next(iter(found.items()))
+                    paths.setdefault(split, str(path))
+        if paths:
+            return family, paths
     files = " or ".join(info.files.values()).replace("{}", "train")
     raise HiVGError(
         f"{data_root} has no expressions of {name}, looked for {files} there"
@@ -702,13 +699,16 @@ def open_split(annotations, split, **options):
         if split not in splits:
             there = ", ".join(splits) or "none"
             report.append(f"{name} has no expressions of {split!r}, only of {there}")
-            if split == "train":
-                break
             continue
         content = splits[split]
         others = [a for other, a in annotations.items() if other != name and split == "train"]
-        tested = [c for other in others for held, c in other.items() if held != "train"]
-        held_out = {sample.image for c in tested for sample in c.samples}
+        held_out = {
+            sample.image
+            for splits_of_other in others
+            for held, tested in splits_of_other.items()
+            if held != "train"
+            for sample in tested.samples
+        }
         report += [
             f"{name} {absent} is not there, so its images are not left out"
             for absent in DATASETS[name].splits
@@ -723,8 +723,8 @@ def open_split(annotations, split, **options):
         samples, notes = content.samples, dict(content.notes)
         if held_out:
             samples = [sample for sample in samples if sample.image not in held_out]
-        left_out = "left out, since another set tests on their images"
-        notes[left_out] = len(content.samples) - len(samples)
+        number = len(content.samples) - len(samples)
+        notes["left out, since another set tests on their images"] = number
         report += [f"{name}, {split}: {count:,} {note}" for note, count in notes.items() if count]
         selected.append(samples)
     samples = selected[0] if len(selected) == 1 else PackedSamples(itertools.chain(*selected))
@@ -770,7 +770,6 @@ def open_image(path, upright):
     """A PIL image, which is not decoded yet if nothing has to be turned upright."""
     with reading(path):
         image = Image.open(path, formats=FORMATS)
-        image.info["16 bits"] = ";16" in str(image.tile)  # of RGB, PIL keeps the upper 8
         if not upright:
             return image
         # ImageOps.exif_transpose would write the EXIF back, which fails at malformed tags that are
@@ -786,7 +785,6 @@ def to_rgb(image, path="the image"):
     """A PIL image of any mode as RGB: alpha is laid over white; numbers of 16 or 32 bits and floats
     are stretched, so that 0.1 % of them end up at 0 and at 255."""
     with reading(path):
-        is_deep = image.info.get("16 bits")
         if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
             values = np.nan_to_num(np.array(image, float), posinf=0, neginf=0)
             values = np.interp(values, np.quantile(values, (0.001, 0.999)), (0, 255))
@@ -794,11 +792,7 @@ def to_rgb(image, path="the image"):
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if is_deep:  # values of 12 bits or fewer would be dark
-            top = max(1, np.max(image.getextrema()))
-            image = image.point(lambda value: 255 * value / top)
-        return image
+        return image.convert("RGB")
 
 
 def reduce_while_decoding(image, geometry):
@@ -1056,11 +1050,8 @@ def make_shapes(data_root, name="shapes"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
             generate_shapes(Path(unfinished, name), SCENES | {"train": TRAIN_SCENES[name]})
-            try:
+            if not folder.exists():  # else another process was faster
                 Path(unfinished, name).replace(folder)
-            except OSError:
-                if not folder.exists():  # else another process was faster
-                    raise
     return folder
 
 
@@ -1118,8 +1109,7 @@ def setup_device(name=None):
         name = torch.accelerator.current_accelerator().type if has_one else "cpu"
     distributed = "LOCAL_RANK" in os.environ
     started = [os.environ[name] for name in PROCESS_COUNTS if os.environ.get(name, "") > "1"]
-    shells = ("bash", "sh", "interactive")  # what is typed there runs once
-    if started and not distributed and os.environ.get("SLURM_JOB_NAME") not in shells:
+    if started and not distributed:
         raise HiVGError(
             f"{started[0]} processes were started that do not know of one another: start one "
             "torchrun on each machine, and let it start them."

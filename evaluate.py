@@ -95,8 +95,7 @@ def predict(model, dataset, batch_size=64, workers=0, loader=None):
     loader: a BatchLoader of the dataset, if there is one. Of several processes each predicts its
     share, every sample once, and all get the whole.
     """
-    device = model.mean.device
-    loader = loader or data.BatchLoader(dataset, workers, pin_memory=device.type == "cuda")
+    loader = loader or data.BatchLoader(dataset, workers)
     share = list(range(process_rank(), len(dataset), world_size()))
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     rows = torch.zeros(len(dataset), 9)  # found box, true box, score

@@ -165,10 +165,7 @@ def train(model, train_set, val_set, plan, args, last=None):
         total=sum(stage.epochs * stage.steps for stage in plan),
         initial=last["steps"] if last else 0,
     )
-    train_loader, val_loader = (
-        data.BatchLoader(dataset, args.workers, pin_memory=device.type == "cuda")
-        for dataset in (train_set, val_set)
-    )
+    train_loader, val_loader = (data.BatchLoader(s, args.workers) for s in (train_set, val_set))
     for stage in plan:
         if log and log[-1]["stage"] > stage.number:
             continue  # done before the run was resumed

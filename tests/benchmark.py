@@ -159,7 +159,7 @@ def print_table(args):
         )
         batches = torch.arange(256).view(-1, 32).tolist()
         for workers in sorted({0, data.default_workers()}):
-            loader = data.BatchLoader(dataset, workers, pin_memory=device.type == "cuda")
+            loader = data.BatchLoader(dataset, workers)
             name = f"reading, {workers} workers" if workers else "reading, one core"
             job = lambda loader=loader: list(loader(batches))  # noqa: E731
             rows.append(table_row(name, job, 256, device, peak))
