@@ -474,10 +474,9 @@ def read_index(path, to_corners=tuple):
 
 
 def read_own(path):
-    """One's own data: a JSON object on each line, or one array of objects."""
-    text = parse(path, lambda file: file.read().decode("utf-8-sig").strip())
-    lines = filter(str.strip, text.split("\n"))
-    for record in json.loads(text) if text.startswith("[") else map(json.loads, lines):
+    """One's own data: a JSON object on each line."""
+    text = parse(path, lambda file: file.read().decode("utf-8-sig"))
+    for record in map(json.loads, filter(str.strip, text.split("\n"))):
         yield None, record["image"], None, record["box"], [record["text"]]
 
 
@@ -1114,9 +1113,7 @@ def setup_device(name=None):
             f"{started[0]} processes were started that do not know of one another: start one "
             "torchrun on each machine, and let it start them."
         )
-    if distributed and ":" in name:
-        raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
-    if distributed and name == "cuda":
+    if distributed and name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     hint = "start fewer processes" if distributed else "leave --device out"
     with user_error(f"There is no device {name} here", hint):

@@ -326,7 +326,7 @@ def build_model(args, device):
         if not path.exists():
             train_shapes_clip(path, args.seed, device)
     clip = clip_model.load_clip(path)
-    beside = Path(path if Path(path).is_dir() else Path(path).parent, "bpe_vocab.txt.gz")
+    beside = Path(path).with_name("bpe_vocab.txt.gz")
     tokenizer = Tokenizer(beside) if beside.is_file() else clip_model.clip_tokenizer()
     if tokenizer.vocab_size != clip.config.vocab_size:
         raise HiVGError(f"{path} is of another vocabulary: put its own beside it, {beside}.")
@@ -417,13 +417,12 @@ FREE_FLAGS = ("resume", "workers", "device", "data_root", "output", "checkpointi
 
 def run(args):
     """A whole run: model, data, training, and the evaluation of all splits but train."""
-    device, output, name = data.setup_device(args.device), Path(args.output), args.dataset[0]
+    device, name = data.setup_device(args.device), args.dataset[0]
+    output = Path(args.output).resolve()
     is_shapes = name in data.TRAIN_SCENES
     last_path, last = output / "last.pt", None
-    if last_path.exists() and not args.resume:
-        raise HiVGError(f"{last_path} is of an earlier run: give --resume, or another --output.")
-    if args.init and Path(args.init).resolve() == (output / "best.pt").resolve():
-        raise HiVGError(f"{args.init} would be overwritten: name another --output.")
+    if (output / "best.pt").exists() and not args.resume:
+        raise HiVGError(f"{output}/best.pt is there already: give --resume, or another --output.")
     if args.batches < world_size():
         raise HiVGError(
             f"--batches {args.batches}: give one at least for each of {world_size()} processes."
@@ -463,8 +462,6 @@ def run(args):
 
 def check_resumable(args, last, last_path):
     """Raise HiVGError unless this command is that of the run in last.pt, FREE_FLAGS aside."""
-    if "optimizer" not in last:
-        raise HiVGError(f"{last_path} is no last.pt of a run: start a new --output.")
     for name, value in last["args"].items():
         if name not in FREE_FLAGS and getattr(args, name, None) != value:
             raise HiVGError(

@@ -402,7 +402,7 @@ def test_clip_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     assert calls == [clip_model.CLIP_URL + name] * 2 and socket.getdefaulttimeout() is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [path]
     path.write_bytes(b"damaged")
-    load("ViT-B-16.pt.*delete it")
+    load("ViT-B-16.pt is not a CLIP.*damaged")
 
 
 def test_atomic_write_leaves_no_half_written_file(tmp_path):

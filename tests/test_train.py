@@ -393,7 +393,7 @@ def test_a_second_run_into_the_same_folder_is_refused(refer_root, clip_file, fin
     told(exit_of(train, *words), "--resume")
     (tmp_path / "best.pt").write_bytes(before["best.pt"])
     line = ["--dataset", "refcoco", "--data-root", refer_root, "--init", tmp_path / "best.pt"]
-    told(exit_of(train, *line, "--output", f"{tmp_path}/x/.."), "would be overwritten")
+    told(exit_of(train, *line, "--output", f"{tmp_path}/x/.."), "best.pt is there already")
     assert os.listdir(tmp_path) == ["best.pt"]
     assert exit_of(train, *words, "--resume") is None
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
