@@ -101,13 +101,17 @@ def letterbox(crop, side, long_side=None, padding_shares=(0.5, 0.5)):
 def box_to_square(box, geometry):
     """A box x1, y1, x2, y2 in the image's pixels -> tensor [4], cx, cy, w, h, 0..1, of the square.
     The part outside the crop is cut off."""
-    x1, y1, x2, y2 = geometry.crop
-    left, top, width, height = geometry.inner
-    scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)  # they differ: sizes are rounded
-    low_x, high_x = [left + (min(max(x, x1), x2) - x1) * scale_x for x in (box[0], box[2])]
-    low_y, high_y = [top + (min(max(y, y1), y2) - y1) * scale_y for y in (box[1], box[3])]
-    centre_and_size = (low_x + high_x) / 2, (low_y + high_y) / 2, high_x - low_x, high_y - low_y
-    return torch.tensor(centre_and_size) / geometry.side
+    centre, extent = [], []
+    for axis in (0, 1):  # x and y
+        start, end = geometry.crop[axis::2]
+        place, length = geometry.inner[axis::2]
+        scale = length / (end - start)  # that of y differs: lengths are rounded
+        low, high = [
+            place + (min(max(value, start), end) - start) * scale for value in box[axis::2]
+        ]
+        centre.append((low + high) / 2)
+        extent.append(high - low)
+    return torch.tensor(centre + extent) / geometry.side
 
 
 def box_to_pixels(boxes, geometry):
@@ -728,8 +732,9 @@ def open_split(annotations, split, **options):
         selected.append(samples)
     samples = selected[0] if len(selected) == 1 else PackedSamples(itertools.chain(*selected))
     if not len(samples) or split == "train" and len(selected) < len(annotations):
-        what = f"no usable expressions of {split!r}: {'; '.join(report)}"
-        raise HiVGError(f"There are {what}: {DATASETS[name].help}.")
+        raise HiVGError(
+            f"There are no usable expressions of {split!r}: {'; '.join(report)}: {DATASETS[name].help}."
+        )
     return GroundingDataset(samples, split, report=report, **options)
 
 
@@ -1107,12 +1112,8 @@ def setup_device(name=None):
         has_one = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if has_one else "cpu"
     distributed = "LOCAL_RANK" in os.environ
-    started = [os.environ[name] for name in PROCESS_COUNTS if os.environ.get(name, "") > "1"]
-    if started and not distributed:
-        raise HiVGError(
-            f"{started[0]} processes were started that do not know of one another: start one "
-            "torchrun on each machine, and let it start them."
-        )
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and not distributed:
+        raise HiVGError("srun started several processes: let it start one torchrun a machine.")
     if distributed and name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     hint = "start fewer processes" if distributed else "leave --device out"
@@ -1133,9 +1134,6 @@ def setup_device(name=None):
         if process_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
-
-
-PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 
 
 def process_rank():

@@ -27,7 +27,6 @@ from hivg import box_iou, load_checkpoint
 # isort: split
 # imports of the sections on drawings and command line
 import argparse
-import functools
 import os
 import textwrap
 
@@ -204,9 +203,7 @@ def evaluate_splits(model, name, annotations, output, splits=None, **options):
 def grounding_dataset(model, annotations, split, **options):
     """The GroundingDataset of a split for this model: see data.open_split."""
     model.tokenize("")  # reads CLIP's vocabulary, if the model has none of its own
-    length = model.clip.config.context_length
-    tokenizer = functools.partial(model.tokenizer, context_length=length)
-    options |= {"image_size": model.config.image_size, "tokenizer": tokenizer}
+    options |= {"image_size": model.config.image_size, "tokenizer": model.tokenizer}
     return data.open_split(annotations, split, **options)
 
 

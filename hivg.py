@@ -88,7 +88,6 @@ class HiVGConfig:
             or self.bridge_text not in ("layers", "projected")
             or {type(count) for count in counts} != {int}
             or min(counts) < 1
-            or type(self.authors_masks) is not bool
             or clip_config.embed_dim % self.heads
         ):
             raise ValueError(f"{self} is no model")
@@ -611,8 +610,13 @@ def contrastive_loss(image, text, scale, objects):
     logits = scale * image @ text.T  # [B, B]
     same = objects[:, None] == objects  # [B, B]
     same.fill_diagonal_(False)
-    logits = logits.masked_fill(same, -torch.inf)
-    targets = torch.arange(image.shape[0], device=image.device)
+    return symmetric_cross_entropy(logits.masked_fill(same, -torch.inf))
+
+
+def symmetric_cross_entropy(logits):
+    """Mean cross-entropy of rows and of columns of logits [B, B]: i is the right class of row and
+    column i, as CLIP was trained."""
+    targets = torch.arange(logits.shape[0], device=logits.device)
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 

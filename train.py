@@ -375,15 +375,13 @@ def train_shapes_clip(path, seed, device):
     optimizer = torch.optim.AdamW(
         clip.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True
     )
-    targets = torch.arange(SHAPES_CLIP_BATCH, device=device)
     for step in data.progress(range(SHAPES_CLIP_STEPS), "training CLIP on scenes and captions"):
         batch = rng.choice(names, SHAPES_CLIP_BATCH, replace=False)
         tokens = data.trim_to_longest(
             tokenizer([str(rng.choice(captions[name])) for name in batch])
         )
         logits = clip(read_scenes(batch), tokens.to(device))  # [batch, batch]
-        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
-        loss.backward()
+        hivg.symmetric_cross_entropy(logits).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), MAX_NORM)
         optimizer.param_groups[0]["lr"] = learning_rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE)
         optimizer.step()
