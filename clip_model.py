@@ -406,8 +406,6 @@ def load_clip(name_or_path):
         state = rename_keys(state, PROGRAMS_NAMES)
         if of_authors:
             state = merge_authors_lora(state)
-        if any(".lora_" in name for name in state):
-            raise ValueError("it has LoRA pairs, whose alpha it does not tell: merge them first")
         if "visual.conv1.weight" not in state:  # then names are Hugging Face's
             state = hugging_face_to_openai(state)
         state = {name.replace("in_proj_", "in_proj."): t.float() for name, t in state.items()}

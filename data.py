@@ -1307,12 +1307,7 @@ def main():
     parser = argparse.ArgumentParser(description="Check a data set, or fetch it.")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="its name")
-    parser.add_argument(
-        "--data-root",
-        type=os.path.expanduser,
-        default="data",
-        help="folder of the data (default: data)",
-    )
+    parser.add_argument("--data-root", default="data", help="folder of the data (default: data)")
     args = parser.parse_args()
     clip_model.run_main(commands[args.command], args.dataset, args.data_root)
 

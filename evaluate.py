@@ -27,7 +27,6 @@ from hivg import box_iou, load_checkpoint
 # isort: split
 # imports of the sections on drawings and command line
 import argparse
-import os
 import textwrap
 
 import numpy as np
@@ -436,29 +435,28 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    path = os.path.expanduser
 
     add = add_command(commands, "image", run_image, "find texts in an image")
-    add("checkpoint", "of train.py or HiVG's authors", type=path)
-    add("image", type=path)
+    add("checkpoint", "of train.py or HiVG's authors")
+    add("image")
     add("text", "one or several expressions, each in quotes", nargs="+")
     add("--attention", "draw where the model looked", action="store_true")
-    add("--output", "the drawing (default: IMAGE_found.png)", type=path)
+    add("--output", "the drawing (default: IMAGE_found.png)")
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "dataset", run_dataset, "evaluate data sets")
-    add("checkpoint", "of train.py or HiVG's authors", type=path)
+    add("checkpoint", "of train.py or HiVG's authors")
     add("names", nargs="+", choices=data.DATASETS)
     add("--split", "default: all but train", nargs="+")
-    add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
-    add("--output", "folder of the results (default: the checkpoint's)", type=path)
+    add("--data-root", "folder of the data sets (default: data)", default="data")
+    add("--output", "folder of the results (default: the checkpoint's)")
     add("--batch-size", type=number_from(1), default=64)
     add("--workers", "reading processes", type=number_from(0), default=data.default_workers())
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "curve", run_curve, "draw the accuracy over the epochs of runs")
-    add("logs", "log.jsonl of a run", nargs="+", type=path)
-    add("--output", type=path, default="curve.png")
+    add("logs", "log.jsonl of a run", nargs="+")
+    add("--output", default="curve.png")
     args = parser.parse_args()
     clip_model.run_main(args.run, args)
 

@@ -725,8 +725,6 @@ def convert_authors(weights, args):
     weights: its state dict, which is emptied; args: its settings; sizes follow from the shapes. All
     LoRA pairs are merged. What is left over or missing is found by the strict load_state_dict.
     """
-    if not args["normalize_before"]:
-        raise ValueError("its grounding encoder is post-norm, ours is pre-norm")
     clip_state = {
         name.removeprefix("clip."): weights.pop(name)
         for name in list(weights)

@@ -37,7 +37,6 @@ from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
 import argparse
 import copy
 import functools
-import os
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import cycle
@@ -521,15 +520,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, path = adder(parser), os.path.expanduser
+    add = adder(parser)
     add_start = adder(parser.add_mutually_exclusive_group())
     count, positive, real = number_from(0), number_from(1), number_from(0, float)
     model_fields = [field.name for field in fields(HiVGConfig) if field.name != "stage"]
     # data and weights
     add("--dataset", "one or several", nargs="+", required=True, choices=data.DATASETS)
-    add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
-    add_start("--clip", "name or file (default: ViT-B/16; shapes: trained first)", type=path)
-    add_start("--init", "start from train.py's or the authors' checkpoint instead", type=path)
+    add("--data-root", "folder of the data sets (default: data)", default="data")
+    add_start("--clip", "name or file (default: ViT-B/16; shapes: trained first)")
+    add_start("--init", "start from train.py's or the authors' checkpoint instead")
     add("--no-augment", "images as they are", action="store_true")
     # what is trained, and how long: one value for all stages, or one for each
     add("--preset", "the plan of stages (default: by CLIP and data)", choices=PLANS)
@@ -550,7 +549,7 @@ def main():
     add("--checkpointing", "less memory, longer steps: layers run twice", action="store_true")
     add("--compile", "let torch.compile make the steps faster", action="store_true")
     # the run
-    add("--output", "folder of checkpoints and log (default: runs/DATASET)", type=path)
+    add("--output", "folder of checkpoints and log (default: runs/DATASET)")
     add("--resume", "continue from OUTPUT/last.pt, if it is there", action="store_true")
     add("--seed", "of all that is random (default: 0)", type=count, default=0)
     add("--device", "cuda, mps or cpu (default: the best there is)")

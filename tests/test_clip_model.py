@@ -283,8 +283,8 @@ def test_other_files_are_told_by_name(tmp_path):
         "numbers.pt": ({"visual.conv1.weight": 3}, "more than weights"),
         "lacking.pt": ({name: tensor for name, tensor in state.items() if name != lost}, lost),
         "extra.pt": (state | {"surprise.weight": torch.zeros(1)}, "surprise.weight"),
-        "lora.pt": (theirs, "alpha"),
-        "peft.pt": ({f"base_model.model.{name}": t for name, t in theirs.items()}, "alpha"),
+        "lora.pt": (theirs, "lora_A"),
+        "peft.pt": ({f"base_model.model.{name}": t for name, t in theirs.items()}, "lora_A"),
         "absent.pt": (None, "No such file"),
     }
     check_refusals(load_clip, tmp_path, files)
