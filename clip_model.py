@@ -261,8 +261,8 @@ def bytes_to_unicode():
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
-    merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
-    or its text. The ids are: 256 symbols, the same 256 at the end of a word, one for each merge, the
+    merges_file: path of a merges file (.gz: a header line, then one merge "a b" per line), or its
+    text. The ids are: 256 symbols, the same 256 at the end of a word, one for each merge, the
     start token, the end token. Raises HiVGError for what cannot be read.
     """
 
@@ -270,8 +270,7 @@ class Tokenizer:
         self.merges_text = str(merges_file)  # checkpoints contain it
         with user_error(f"{self.merges_text[:200]} is no vocabulary", "download it again"):
             if "\n" not in self.merges_text:  # a path
-                opener = gzip.open if self.merges_text.endswith(".gz") else open
-                with opener(merges_file, "rt", encoding="utf-8") as file:
+                with gzip.open(merges_file, "rt", encoding="utf-8") as file:
                     self.merges_text = file.read()
             lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
             merges = [(first, second) for first, second in map(str.split, lines)]
@@ -455,7 +454,6 @@ def check_family(folder, config):
     heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
     fitting = {  # values of Hugging Face's names; the last two are open_clip's
         "hidden_act": ["quick_gelu"],
-        "layer_norm_eps": [1e-5],
         "num_attention_heads": heads,
         "heads": heads,
         "head_width": [64],

@@ -717,8 +717,7 @@ def open_split(annotations, split, **options):
             for absent in DATASETS[name].splits
             if others and absent not in splits
         ]
-        missing = content.missing - held_out
-        if missing:
+        if missing := content.missing - held_out:
             raise HiVGError(
                 f"{len(missing)} images of {name} are missing, {min(missing)} among them: "
                 f"{DATASETS[name].help}."
@@ -1116,8 +1115,7 @@ def setup_device(name=None):
         raise HiVGError("srun started several processes: let it start one torchrun a machine.")
     if distributed and name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    hint = "start fewer processes" if distributed else "leave --device out"
-    with user_error(f"There is no device {name} here", hint):
+    with user_error(f"There is no device {name} here", "name another, or start fewer processes"):
         device = torch.empty(0, device=name).device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -1155,8 +1153,7 @@ def barrier():
 def default_workers():
     """Reading processes for this process: the CPUs that it may use, shared by the processes that
     torchrun started on this machine; 8 at most."""
-    is_linux = hasattr(os, "sched_getaffinity")
-    cpus = len(os.sched_getaffinity(0)) if is_linux else os.cpu_count()
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -1188,8 +1185,8 @@ def check_dataset(name, data_root):
     if "own" in info.files and len(sized) >= 10:
         problems += wrong_units(*map(np.array, zip(*sized)))
     seen = {}  # (image, text): where it was seen first
-    published = dict(zip(info.splits, info.published))
-    published = published or dict.fromkeys(annotations or ["train"], 1)
+    at_least_one = dict.fromkeys(annotations or ["train"], 1)
+    published = dict(zip(info.splits, info.published)) or at_least_one
     for split, expected in published.items():
         samples, notes, _ = annotations.get(split, Split((), Counter(), ()))
         for sample in samples:

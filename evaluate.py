@@ -395,8 +395,15 @@ def run_dataset(args):
     model = load_checkpoint(args.checkpoint, data.setup_device(args.device))
     output = Path(args.output or Path(args.checkpoint).parent)
     for name, splits in annotations.items():
-        options = {"batch_size": args.batch_size, "workers": args.workers}
-        evaluate_splits(model, name, splits, output, args.split, **options)
+        evaluate_splits(
+            model,
+            name,
+            splits,
+            output,
+            args.split,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
 
 
 def run_curve(args):

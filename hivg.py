@@ -311,11 +311,11 @@ class HiVG(nn.Module):
         self.checkpointing = False  # see maybe_checkpoint
         self.enter_stage(config.stage)
 
-    def forward(self, images, tokens, padding=None):
+    def forward(self, images, tokens, padding):
         """The box of every expression.
 
         images: [B, 3, S, S], normalised, 0 in the padding. tokens: [B, T]. padding: [B, S, S] bool,
-        True where a pixel is padding; None: nowhere.
+        True where a pixel is padding.
         Returns an HiVGOutput.
         """
         if self.config.authors_masks:  # their bridges attend to all 77 positions
@@ -462,14 +462,12 @@ class HiVG(nn.Module):
         return layer(*inputs)
 
     def padding_masks(self, tokens, padding):
-        """PaddingMasks of a batch. padding: [B, S, S] bool, or None.
+        """PaddingMasks of a batch. padding: [B, S, S] bool.
 
         Text padding is what comes after the end token (D1). A patch is padding if all of it is
         (D14).
         """
         S, g = self.config.image_size, self.grid
-        if padding is None:
-            padding = tokens.new_zeros(tokens.shape[0], S, S, dtype=torch.bool)
         if self.config.authors_masks:
             return authors_masks(tokens, padding, g)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -622,14 +620,11 @@ def symmetric_cross_entropy(logits):
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-FORMAT = "hivg-3"
-
 
 def save_checkpoint(path, model, **more):
     """Write a checkpoint that stands alone: config, weights, pairs and vocabulary; `more` is plain
     data beside it."""
     content = {
-        "format": FORMAT,
         "config": asdict(model.config),
         "model": model.state_dict(),
         "vocabulary": (model.tokenizer or clip_tokenizer()).merges_text,
@@ -672,8 +667,6 @@ def read_checkpoint(path):
         of_authors = "vl_pos_embed.weight" in state
         if of_authors:
             args, tokenizer = vars(content["args"]), None
-        elif content.get("format") != FORMAT:
-            raise ValueError(f"its format is {content.get('format')}, not {FORMAT}")
         elif "\n" not in content["vocabulary"]:  # Tokenizer would open a file of that name
             raise ValueError("it has no vocabulary")
         else:

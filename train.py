@@ -213,8 +213,7 @@ def train(model, train_set, val_set, plan, args, last=None):
                 if is_best:
                     save_checkpoint(output / "best.pt", model)
                 write_text(output / "log.jsonl", "".join(json.dumps(old) + "\n" for old in log))
-                sizes = [len(train_set), len(val_set)]
-                state = {"args": vars(args), "log": log, "sizes": sizes, "steps": bar.n}
+                state = {"args": vars(args), "log": log, "steps": bar.n}
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_checkpoint(output / "last.pt", model, **state)
         barrier()
@@ -442,12 +441,6 @@ def run(args):
         model, annotations, "train", augment=not args.no_augment, cache=is_shapes
     )
     val_set = grounding_dataset(model, annotations, args.select, cache=is_shapes)
-    sizes = [len(train_set), len(val_set)]
-    if last and last["sizes"] != sizes:
-        raise HiVGError(
-            f"train and {args.select} have {sizes} expressions, {last_path} is of {last['sizes']}: "
-            "restore the files, or start a new --output."
-        )
     plan = make_plan(args, model, train_set)
     print_summary(args, plan, model, train_set)
     # Plain attention is twice as fast as the fused kernel here (small heads, AVX2).

@@ -296,7 +296,6 @@ def test_other_files_are_told_by_name(tmp_path):
         ("config.json", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act gelu"),
         ("config.json", {"text_config": {"hidden_act": "gelu"}}, "hidden_act gelu"),
         ("config.json", {"text_config_dict": {"num_attention_heads": 4}}, "num_attention_heads 4"),
-        ("config.json", {"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
         (
             "config.json",
             {"vision_config": {"num_attention_heads": 1, "hidden_act": "quick_gelu"}},

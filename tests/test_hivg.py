@@ -260,8 +260,9 @@ def test_a_fresh_model_reads_the_layers_of_clip(tokenizer):
     config = HiVGConfig(visual_layers=(6, 2, 2), bridge_layers=(3,), text_layers=(1, 3), heads=4)
     model = HiVG(config, clip, tokenizer).eval()
     images, tokens, _ = tiny_batch(model)
+    padding = torch.zeros(len(images), 64, 64, dtype=torch.bool)
     seen = watch(model, "bridges.3.W_proj", "visual_proj", "grounding_norm")
-    output = model(images, tokens)
+    output = model(images, tokens, padding)
     ((context,), _), ((levels,), _), (_, z) = seen
     states = [clip.visual.embed(images)]
     for block in clip.visual.transformer.resblocks:
@@ -360,7 +361,8 @@ def test_the_given_clip_is_copied(tokenizer):
         assert clip.config == fresh.config and config == given
         close(clip.state_dict(), fresh.state_dict(), 0)
         assert all(parameter.requires_grad for parameter in clip.parameters())
-    assert model(torch.zeros(1, 3, 96, 96), tokenizer("red")).boxes.shape == (1, 4)
+    padding = torch.zeros(1, 96, 96, dtype=torch.bool)
+    assert model(torch.zeros(1, 3, 96, 96), tokenizer("red"), padding).boxes.shape == (1, 4)
 
 
 # ------------------------------------------------------------------------------- batches and padding
@@ -434,12 +436,12 @@ def keys_masked(model, *inputs):
 
 def test_padding_is_no_key_and_an_exclamation_mark_is_one(model):
     """What comes after the end token is masked, but not "!", whose id is 0; patches wholly in the
-    image's padding are, half-padded ones are not; no padding at all is the same as None."""
+    image's padding are, half-padded ones are not."""
     images, tokens, _ = tiny_batch(model, ["blue !; one"])
     end = int(tokens.argmax())
     assert 0 in tokens[0, :end]
-    padding, plain = torch.zeros(1, 64, 64, dtype=torch.bool), model(images, tokens).boxes
-    close(model(images, tokens, padding).boxes, plain, 0)
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    plain = model(images, tokens, padding).boxes
     padding[0, 40:] = True  # of four rows of patches, the last wholly and the third by half
     patches, text = [False] * 12 + [True] * 4, [position > end for position in range(77)]
     output = model(images, tokens, padding)
@@ -547,7 +549,6 @@ def test_a_checkpoint_that_is_none_is_told(tokenizer, vocabulary, tmp_path):
         "targets.pt": (content | {"config": config | {"targets": ("attn.qkv",)}}, "attn.qkv"),
         "layers.pt": (content | {"config": config | {"bridge_layers": (99,)}}, "99"),
         "numbers.pt": (content | {"model": state | {lost: 3}}, "more than weights"),
-        "format.pt": (content | {"format": "hivg-2"}, "hivg-2"),
         "absent.pt": (None, ""),
     }
     check_refusals(load_checkpoint, tmp_path, files)
