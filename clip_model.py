@@ -261,8 +261,8 @@ def bytes_to_unicode():
 class Tokenizer:
     """CLIP's byte-level BPE: "A red Cup" -> [49406, 320, 736, 1937, 49407] with CLIP's merges.
 
-    merges_file: path of a merges file (.gz: a header line, then one merge "a b" per line), or its
-    text. The ids are: 256 symbols, the same 256 at the end of a word, one for each merge, the
+    merges_file: path of a merges file (plain or .gz: a header line, then one merge "a b" per line),
+    or its text. The ids are: 256 symbols, the same 256 at the end of a word, one for each merge, the
     start token, the end token. Raises HiVGError for what cannot be read.
     """
 
@@ -270,7 +270,8 @@ class Tokenizer:
         self.merges_text = str(merges_file)  # checkpoints contain it
         with user_error(f"{self.merges_text[:200]} is no vocabulary", "download it again"):
             if "\n" not in self.merges_text:  # a path
-                with gzip.open(merges_file, "rt", encoding="utf-8") as file:
+                opener = gzip.open if self.merges_text.endswith(".gz") else open
+                with opener(merges_file, "rt", encoding="utf-8") as file:
                     self.merges_text = file.read()
             lines = self.merges_text.strip().split("\n")[1 : MAX_MERGES + 1]
             merges = [(first, second) for first, second in map(str.split, lines)]
@@ -303,6 +304,15 @@ class Tokenizer:
         """The ids of a text without start and end token. Only 10,000 characters are read."""
         return [number for word in split_words(text) for number in self.encode_word(word)]
 
+    def unread_words(self, text, context_length=77):
+        """The words of a text that do not fit between start and end token any more."""
+        words, tokens = split_words(text), 2
+        for number, word in enumerate(words):
+            tokens += len(self.encode_word(word))
+            if tokens > context_length:
+                return words[number:]
+        return []
+
     def unseen_words(self, text):
         """The words of a text, each once, that are no single symbol of a small vocabulary, which
         has one for every word of its training texts. [] with CLIP's vocabulary."""
@@ -312,7 +322,7 @@ class Tokenizer:
         return [word for word in words if word.isalnum() and len(self.encode_word(word)) > 1]
 
     def __call__(self, texts, context_length=77):
-        """A str or a list of str -> LongTensor [N, context_length], zero after the end token.
+        """A str or a list of str -> LongTensor [M, context_length], zero after the end token.
 
         A longer text is cut so that the end token stays last.
         """
@@ -358,7 +368,7 @@ def clip_tokenizer():
 
 
 def tokenize(texts, context_length=77):
-    """A str or a list of str -> LongTensor [N, context_length], with CLIP's vocabulary."""
+    """A str or a list of str -> LongTensor [M, context_length], with CLIP's vocabulary."""
     return clip_tokenizer()(texts, context_length)
 
 
@@ -392,11 +402,13 @@ def load_clip(name_or_path):
     if file := CLIP_FILES.get(name_or_path):
         path = download_to_cache(CLIP_URL + file, sha256=file.split("/")[0])
     elif path.is_dir():  # what save_pretrained of transformers and of open_clip write
-        names = "*model.safetensors", "*model.bin"
+        names = "*model.safetensors", "*model.bin", "*.index.json"
         path = next((file for name in names for file in path.glob(name)), path)
     not_clip = f"{path} is not a CLIP ViT checkpoint"
     hint = f"name a file of one, or one of {', '.join(CLIP_FILES)}"
     with user_error(not_clip, hint):
+        if path.name.endswith(".index.json"):
+            raise ValueError("its weights lie in several files: save it anew in one")
         state = read_weights(path)
         of_authors = "model" in state
         state = state.get("model") or state.get("state_dict") or state
@@ -718,7 +730,7 @@ def run_main(job, *args):
                 sys.exit(f"error: {advice}")
         raise
     except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C: the same command, of train.py with --resume, goes on")
+        sys.exit("stopped by Ctrl-C: give the same command again, to train.py with --resume")
 
 
 def download_to_cache(url, sha256):

@@ -10,8 +10,8 @@ An image is scaled and padded to the square that the model sees; boxes go with i
 
 Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
 robust reading of images, the shapes data set (which is generated), device and processes, check and
-download. This file
-knows no model: of clip_model.py it takes errors, PlainUnpickler and a few functions on texts.
+download. This file knows no model: of clip_model.py it takes errors, PlainUnpickler and a few
+functions on texts.
 
 Boxes are x1, y1, x2, y2 in pixels of the image as stored (one's own: as viewers show it), except
 where a docstring says cx, cy, w, h: those are 0..1 of the padded square. Letters: S side of the
@@ -478,9 +478,10 @@ def read_index(path, to_corners=tuple):
 
 
 def read_own(path):
-    """One's own data: a JSON object on each line."""
-    text = parse(path, lambda file: file.read().decode("utf-8-sig"))
-    for record in map(json.loads, filter(str.strip, text.split("\n"))):
+    """One's own data: a JSON object on each line, or one array of objects."""
+    text = parse(path, lambda file: file.read().decode("utf-8-sig").strip())
+    lines = filter(str.strip, text.split("\n"))
+    for record in json.loads(text) if text.startswith("[") else map(json.loads, lines):
         yield None, record["image"], None, record["box"], [record["text"]]
 
 
@@ -628,9 +629,9 @@ def read_annotations(name, data_root):
 ENTRY_ERRORS = (LookupError, TypeError, ValueError, OverflowError, RecursionError)
 
 
-def add_samples(split, image, exists, size, box, texts, own):
-    """Add the Samples of one object to a Split; what is left out or changed is noted."""
-    notes = split.notes
+def add_samples(content, image, exists, size, box, texts, own):
+    """Add the Samples of one object to the content of a Split; what is left out or changed is noted."""
+    notes = content.notes
     notes["expressions"] += len(texts)
     x1, y1, x2, y2 = map(float, box)  # fractions are kept (D12)
     if own and max(x1, y1, x2, y2) <= 1:
@@ -650,9 +651,9 @@ def add_samples(split, image, exists, size, box, texts, own):
         if not clean_text(text):
             notes["empty expressions left out"] += 1
             continue
-        split.samples.append(Sample(image, text, clipped, size, upright=own))
+        content.samples.append(Sample(image, text, clipped, size, upright=own))
         if not exists:
-            split.missing.add(image)
+            content.missing.add(image)
 
 
 def image_finder(folders):
@@ -773,6 +774,7 @@ def open_image(path, upright):
     """A PIL image, which is not decoded yet if nothing has to be turned upright."""
     with reading(path):
         image = Image.open(path, formats=FORMATS)
+        image.info["16 bits"] = ";16" in str(image.tile)  # of RGB, PIL keeps the upper 8
         if not upright:
             return image
         # ImageOps.exif_transpose would write the EXIF back, which fails at malformed tags that are
@@ -788,6 +790,7 @@ def to_rgb(image, path="the image"):
     """A PIL image of any mode as RGB: alpha is laid over white; numbers of 16 or 32 bits and floats
     are stretched, so that 0.1 % of them end up at 0 and at 255."""
     with reading(path):
+        is_deep = image.info.get("16 bits")
         if image.mode[0] in "IF":  # I;16, I or F: convert("RGB") would clip them
             values = np.nan_to_num(np.array(image, float), posinf=0, neginf=0)
             values = np.interp(values, np.quantile(values, (0.001, 0.999)), (0, 255))
@@ -795,7 +798,11 @@ def to_rgb(image, path="the image"):
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        if is_deep:  # values of 12 bits or fewer would be dark
+            top = max(1, np.max(image.getextrema()))
+            image = image.point(lambda value: 255 * value / top)
+        return image
 
 
 def reduce_while_decoding(image, geometry):
@@ -1111,9 +1118,16 @@ def setup_device(name=None):
         has_one = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if has_one else "cpu"
     distributed = "LOCAL_RANK" in os.environ
-    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1" and not distributed:
-        raise HiVGError("srun started several processes: let it start one torchrun a machine.")
-    if distributed and name.startswith("cuda"):
+    started = [os.environ[name] for name in PROCESS_COUNTS if os.environ.get(name, "") > "1"]
+    shells = ("bash", "sh", "interactive")  # what is typed there runs once
+    if started and not distributed and os.environ.get("SLURM_JOB_NAME") not in shells:
+        raise HiVGError(
+            f"{started[0]} processes were started that do not know of one another: start one "
+            "torchrun on each machine, and let it start them."
+        )
+    if distributed and ":" in name:
+        raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
+    if distributed and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     with user_error(f"There is no device {name} here", "name another, or start fewer processes"):
         device = torch.empty(0, device=name).device
@@ -1132,6 +1146,9 @@ def setup_device(name=None):
         if process_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return device
+
+
+PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 
 
 def process_rank():
@@ -1304,7 +1321,12 @@ def main():
     parser = argparse.ArgumentParser(description="Check a data set, or fetch it.")
     parser.add_argument("command", choices=commands)
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="its name")
-    parser.add_argument("--data-root", default="data", help="folder of the data (default: data)")
+    parser.add_argument(
+        "--data-root",
+        type=os.path.expanduser,
+        default="data",
+        help="folder of the data (default: data)",
+    )
     args = parser.parse_args()
     clip_model.run_main(commands[args.command], args.dataset, args.data_root)
 

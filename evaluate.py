@@ -11,7 +11,7 @@ the drawings, and the command line.
 
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from hivg import box_iou, load_checkpoint
 # isort: split
 # imports of the sections on drawings and command line
 import argparse
+import os
 import textwrap
 
 import numpy as np
@@ -142,7 +143,7 @@ def summary(dataset, found, true):
 
 
 def accuracy(iou, threshold):
-    """Acc@threshold of IoUs [N], in percent; None without any."""
+    """Acc@threshold of IoUs [n], in percent; None without any."""
     return round(100 * (iou >= threshold).float().mean().item(), 2) if len(iou) else None
 
 
@@ -174,17 +175,17 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def evaluate_splits(model, name, annotations, output, splits=None, **options):
+def evaluate_splits(model, name, contents, output, splits=None, **options):
     """Evaluate splits of a data set (None: all but train): print the table and write into the folder
     `output` results_NAME.json (results_NAME_SPLIT.json if splits are given), and for each split a
     contact sheet and the boxes, boxes_NAME_SPLIT.jsonl.
 
-    annotations: what data.read_annotations gives; options: of `predict`.
+    contents: {split: data.Split}, what data.read_annotations gives; options: of `predict`.
     """
     rows = []
-    chosen = splits or [split for split in annotations if split != "train"]
+    chosen = splits or [split for split in contents if split != "train"]
     # all are opened at once: what is missing is told before the first is evaluated
-    for dataset in [grounding_dataset(model, {name: annotations}, split) for split in chosen]:
+    for dataset in [grounding_dataset(model, {name: contents}, split) for split in chosen]:
         found, true, scores = predict(model, dataset, **options)
         rows.append(summary(dataset, found, true))
         if process_rank() == 0:
@@ -256,7 +257,7 @@ def first_query_attention(q, k, heads, padding=None):
     [1, Nk, d], padding [1, Nk] bool -> [Nk], sum 1."""
     q, k = (
         x[0].unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k)
-    )  # [heads, N, d / heads]
+    )  # [heads, K, d / heads]
     logits = q[:, :1] @ k.mT / math.sqrt(q.shape[-1])  # [heads, 1, Nk]
     if padding is not None:
         logits = logits.masked_fill(padding, -math.inf)
@@ -264,7 +265,7 @@ def first_query_attention(q, k, heads, padding=None):
 
 
 TRUE_COLOUR = "limegreen"
-COLOURS = [  # of found boxes: of one text the first
+BOX_COLOURS = [  # of found boxes: of one text the first
     ImageColor.getrgb(name)
     for name in ("crimson", "royalblue", "seagreen", "orchid", "darkorange", "teal")
 ]
@@ -275,11 +276,28 @@ def draw_box(image, box, colour, label=""):
     draw, side = ImageDraw.Draw(image), max(image.size)
     draw.rectangle(box, outline=colour, width=max(1, side // 120))
     if label:
-        font = ImageFont.load_default(max(14, side // 50))
+        font = font_for(label, max(14, side // 50))
         _, _, width, height = draw.textbbox((0, 0), label, font)
         place = max(0, min(box[0], image.width - width)), max(0, box[1] - height)
         draw.rectangle(draw.textbbox(place, label, font), fill=colour)
         draw.text(place, label, "white", font)
+
+
+def font_for(text, size):
+    """PIL's own font, or the first of the system's in FONTS that has all characters of a text; None if
+    there is none."""
+    fonts = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):  # not there
+            fonts.append(ImageFont.truetype(name, size))
+    for font in fonts:
+        missing = bytes(font.getmask("\uffff"))  # what is drawn for a character that a font lacks
+        if all(bytes(font.getmask(character)) != missing for character in text):
+            return font
+    return None
+
+
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc")
 
 
 def draw_groundings(image, groundings, texts, side=480):
@@ -288,10 +306,12 @@ def draw_groundings(image, groundings, texts, side=480):
     scale = math.ceil(side / max(image.size))
     drawing = ImageOps.scale(image, scale)
     for number, (grounding, text) in enumerate(zip(groundings, texts), start=1):
-        # PIL's own font has ASCII alone: of another text its number is drawn
-        label = textwrap.shorten(text, 60) if text.isascii() else number
+        label = textwrap.shorten(text, 60)
+        if font_for(label, 14) is None:
+            print(f"(no font here has all characters of {text!r}: in the drawing it is {number})")
+            label = number
         box = [scale * value for value in grounding.box]
-        colour = COLOURS[(number - 1) % len(COLOURS)]
+        colour = BOX_COLOURS[(number - 1) % len(BOX_COLOURS)]
         draw_box(drawing, box, colour, f"{label}  {grounding.score:.2f}")
     return drawing
 
@@ -316,8 +336,8 @@ def image_grid(panels, columns, side=240):
         x, y = 4 + place % columns * width, 4 + place // columns * height
         left, top, *size = data.letterbox((0, 0, *image.size), side).inner
         grid.paste(image.resize(size), (x + left, y + top))
-        caption = textwrap.fill(caption, 34, max_lines=2)
-        draw.text((x, y + side + 2), caption, "black", font_size=14)
+        font, caption = font_for(caption, 14), textwrap.fill(caption, side // 7, max_lines=2)
+        draw.text((x, y + side + 2), caption, "black", font)
     return grid
 
 
@@ -329,7 +349,7 @@ def contact_sheet(dataset, found, true, path):
         sample = dataset.samples[index]
         image = data.load_image(sample.image, sample.upright)
         draw_box(image, true[index].tolist(), TRUE_COLOUR)
-        draw_box(image, found[index].tolist(), COLOURS[0])
+        draw_box(image, found[index].tolist(), BOX_COLOURS[0])
         panels.append((image, f"{iou[index]:.2f}  {sample.text}"))
     save_image(image_grid(panels, columns=6), path)
 
@@ -356,7 +376,7 @@ def attention_sheet(model, image, texts, groundings):
     S, panels = model.config.image_size, []
     for text, grounding in zip(texts, groundings):
         with_box = image.copy()
-        draw_box(with_box, grounding.box, COLOURS[0])
+        draw_box(with_box, grounding.box, BOX_COLOURS[0])
         panels.append((with_box, f"score {grounding.score:.2f}: {text}"))
         panels.append((attention_overlay(image, grounding.region_map, S, 1), "region map"))
         for name, weights in attention_maps(model, image, text).items():
@@ -380,8 +400,10 @@ def run_image(args):
         print(f"score {grounding.score:.2f}  {args.image}: {text}: {box}")
         if unseen := model.tokenizer.unseen_words(text):
             print(f"(this model was trained without the words: {', '.join(unseen)})")
-        if len(model.tokenizer.encode(text)) > 75:
-            print("(CLIP reads 77 tokens: the end of this text was cut)")
+        if unread := model.tokenizer.unread_words(text):
+            print(f"(CLIP reads 77 tokens; these words were cut: {' '.join(unread)})")
+    if len(args.text) > 1 and not any(" " in text for text in args.text):
+        print(f"(these are {len(args.text)} expressions; quotes keep the words of one together)")
     if args.attention:
         drawing = attention_sheet(model, image, args.text, groundings)
     else:
@@ -395,15 +417,8 @@ def run_dataset(args):
     model = load_checkpoint(args.checkpoint, data.setup_device(args.device))
     output = Path(args.output or Path(args.checkpoint).parent)
     for name, splits in annotations.items():
-        evaluate_splits(
-            model,
-            name,
-            splits,
-            output,
-            args.split,
-            batch_size=args.batch_size,
-            workers=args.workers,
-        )
+        options = {"batch_size": args.batch_size, "workers": args.workers}
+        evaluate_splits(model, name, splits, output, args.split, **options)
 
 
 def run_curve(args):
@@ -442,28 +457,29 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
+    path = os.path.expanduser
 
     add = add_command(commands, "image", run_image, "find texts in an image")
-    add("checkpoint", "of train.py or HiVG's authors")
-    add("image")
+    add("checkpoint", "of train.py or HiVG's authors", type=path)
+    add("image", type=path)
     add("text", "one or several expressions, each in quotes", nargs="+")
     add("--attention", "draw where the model looked", action="store_true")
-    add("--output", "the drawing (default: IMAGE_found.png)")
+    add("--output", "the drawing (default: IMAGE_found.png)", type=path)
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "dataset", run_dataset, "evaluate data sets")
-    add("checkpoint", "of train.py or HiVG's authors")
+    add("checkpoint", "of train.py or HiVG's authors", type=path)
     add("names", nargs="+", choices=data.DATASETS)
     add("--split", "default: all but train", nargs="+")
-    add("--data-root", "folder of the data sets (default: data)", default="data")
-    add("--output", "folder of the results (default: the checkpoint's)")
+    add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
+    add("--output", "folder of the results (default: the checkpoint's)", type=path)
     add("--batch-size", type=number_from(1), default=64)
     add("--workers", "reading processes", type=number_from(0), default=data.default_workers())
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "curve", run_curve, "draw the accuracy over the epochs of runs")
-    add("logs", "log.jsonl of a run", nargs="+")
-    add("--output", default="curve.png")
+    add("logs", "log.jsonl of a run", nargs="+", type=path)
+    add("--output", type=path, default="curve.png")
     args = parser.parse_args()
     clip_model.run_main(args.run, args)
 

@@ -90,7 +90,9 @@ class HiVGConfig:
             or min(counts) < 1
             or clip_config.embed_dim % self.heads
         ):
-            raise ValueError(f"{self} is no model")
+            raise ValueError(
+                f"{self} is no model: counts are whole numbers from 1 on, heads divide {clip_config.embed_dim}"
+            )
         L, text_depth = clip_config.vision_layers, clip_config.text_layers
         V, C = default_layers(L, clip_config.image_size == 336)
         choices = {  # the default, and the number of layers to choose among
@@ -102,6 +104,8 @@ class HiVGConfig:
         for name, (default, depth) in choices.items():
             given = getattr(self, name)
             layers[name] = default if given is None else tuple(sorted(set(given)))
+            if not layers[name] and name != "bridge_layers":
+                raise HiVGError(f"{name}: name at least one layer.")
             if absent := sorted(set(layers[name]) - set(range(1, depth + 1))):
                 raise HiVGError(f"{name} {absent}: choose among this CLIP's layers 1 to {depth}.")
         if self.image_size is None:
@@ -126,8 +130,8 @@ BRIDGE_TEXT_LAYERS = {  # text_layers by data set, in our names and in (R)'s; ot
 # -------------------------------------------------------------------------------------------- parts
 
 
-class CrossAttention(nn.Module):
-    """Multi-head attention with a matrix and a bias each for q, k, v and out."""
+class MultiHeadAttention(nn.Module):
+    """Attention, to oneself or to others, with a matrix and a bias each for q, k, v and out."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -156,6 +160,7 @@ class Bridge(nn.Module):
         t = concat_i [ w^i * f^i + f^i ] W_proj + b        over the text layers i in use
         x = x + BridgeMLP(CrossAttention(LN_b(x), t))      queries: image; keys and values: text
 
+    LN_b is `norm`, BridgeMLP `mlp`, b the bias of W_proj; t [B, T, d_v] is the text context.
     w^i [77, d_t] weighs positions and channels of f^i; it is the same for all samples. In a mixture
     of data sets t is the projected text, one for all bridges: text_layer_count is 0 then, and the
     bridge has no w and no W_proj.
@@ -170,7 +175,7 @@ class Bridge(nn.Module):
             )
             self.W_proj = nn.Linear(text_layer_count * text_width, width)
         self.norm = nn.LayerNorm(width)
-        self.attention = CrossAttention(width, max(1, width // 64))
+        self.attention = MultiHeadAttention(width, max(1, width // 64))
         self.mlp = make_mlp(width, 4 * width, QuickGELU())
         for parameter in self.mlp[-1].parameters():
             nn.init.zeros_(parameter)  # a new bridge changes nothing (D8)
@@ -186,6 +191,18 @@ class Bridge(nn.Module):
         return x + self.mlp(self.attention(self.norm(x), t, t, text_padding))
 
 
+def bridged_block(x, block, bridge, t, text_padding):
+    """A block of CLIP's image tower; `bridge` (None: there is none) stands between its two lines.
+
+    x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v].
+    """
+    x = x + block.attn(block.ln_1(x))  # LoRA inside
+    if bridge is not None:
+        x = bridge(x, t, text_padding)
+    x = x + block.mlp(block.ln_2(x))
+    return x
+
+
 class GroundingLayer(nn.Module):
     """A pre-norm transformer layer; positions are added to queries and keys, not to values.
 
@@ -195,7 +212,7 @@ class GroundingLayer(nn.Module):
     def __init__(self, width, heads, feedforward, dropout):
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = CrossAttention(width, heads, dropout)
+        self.attention = MultiHeadAttention(width, heads, dropout)
         self.mlp = make_mlp(width, feedforward, nn.ReLU(), dropout)
         self.dropout = nn.Dropout(dropout)
 
@@ -311,18 +328,19 @@ class HiVG(nn.Module):
         self.checkpointing = False  # see maybe_checkpoint
         self.enter_stage(config.stage)
 
-    def forward(self, images, tokens, padding):
+    def forward(self, images, tokens, padding=None):
         """The box of every expression.
 
         images: [B, 3, S, S], normalised, 0 in the padding. tokens: [B, T]. padding: [B, S, S] bool,
-        True where a pixel is padding.
+        True where a pixel is padding; None: nowhere.
         Returns an HiVGOutput.
         """
         if self.config.authors_masks:  # their bridges attend to all 77 positions
             tokens = F.pad(tokens, (0, self.clip.config.context_length - tokens.shape[1]))
         masks = self.padding_masks(tokens, padding)
         text = self.text_features(tokens)
-        visual_levels, x = self.image_features(images, text, masks)  # [B, 1 + N, |V| d_v], ...
+        # levels: the layers of V, [B, 1 + N, |V| d_v]; x: the last layer, [B, 1 + N, d_v]
+        visual_levels, x = self.image_features(images, text, masks)
         z = self.grounding_encoder(visual_levels, text, masks)  # [B, K, D]
         return HiVGOutput(
             boxes=self.box_head(z[:, 0]).float().sigmoid(),  # from [REG]
@@ -444,7 +462,7 @@ class HiVG(nn.Module):
         return self
 
     def tokenize(self, texts):
-        """A str or a list of str -> LongTensor [N, 77], with the model's own vocabulary."""
+        """A str or a list of str -> LongTensor [M, 77], with the model's own vocabulary."""
         if self.tokenizer is None:
             self.tokenizer = clip_tokenizer()
         return self.tokenizer(texts, self.clip.config.context_length)
@@ -462,30 +480,20 @@ class HiVG(nn.Module):
         return layer(*inputs)
 
     def padding_masks(self, tokens, padding):
-        """PaddingMasks of a batch. padding: [B, S, S] bool.
+        """PaddingMasks of a batch. padding: [B, S, S] bool, or None.
 
         Text padding is what comes after the end token (D1). A patch is padding if all of it is
         (D14).
         """
         S, g = self.config.image_size, self.grid
+        if padding is None:
+            padding = tokens.new_zeros(tokens.shape[0], S, S, dtype=torch.bool)
         if self.config.authors_masks:
             return authors_masks(tokens, padding, g)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         text = positions > end_of_text(tokens)[:, None]  # [B, T]
         patch = padding.view(-1, g, S // g, g, S // g).all(dim=(2, 4)).flatten(1)  # [B, N]
         return PaddingMasks(text, text, patch)
-
-
-def bridged_block(x, block, bridge, t, text_padding):
-    """A block of CLIP's image tower; `bridge` (None: there is none) stands between its two lines.
-
-    x [B, 1 + N, d_v], t [B, T, d_v], text_padding [B, T] -> [B, 1 + N, d_v].
-    """
-    x = x + block.attn(block.ln_1(x))  # LoRA inside
-    if bridge is not None:
-        x = bridge(x, t, text_padding)
-    x = x + block.mlp(block.ln_2(x))
-    return x
 
 
 def sincos_grid(side, width):
@@ -602,8 +610,8 @@ def dice_loss(p, targets):
 def contrastive_loss(image, text, scale, objects):
     """CLIP's symmetric cross-entropy of image against text vectors, within one forward pass (D15).
 
-    image, text [B, D], normalised; scale: a factor of the cosines. Samples of the same object, by
-    `objects` [B], are no negatives of each other. Returns a scalar.
+    image, text [B, D], normalised; scale: a factor of the cosines. Expressions of the same object,
+    by `objects` [B], mean the same thing and are no negatives of each other. Returns a scalar.
     """
     logits = scale * image @ text.T  # [B, B]
     same = objects[:, None] == objects  # [B, B]
@@ -645,7 +653,7 @@ def load_checkpoint(path, device="cpu"):
 
 
 def with_fresh_pairs(model, **changes):
-    """A copy of a model in stage 0, for a new training: its pairs are part of the matrices. changes:
+    """A copy, in stage 0, of a model, for a new training: its pairs are part of the matrices. changes:
     fields of HiVGConfig that fit its weights (adapters, rank, dropout and the like)."""
     config = replace(model.config, **changes, stage=0)
     fresh = HiVG(config, CLIP(model.clip.config), model.tokenizer)

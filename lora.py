@@ -39,7 +39,7 @@ class LoRALinear(nn.Module):
 
     The newest pair in use runs as a branch of its own, with dropout on its input. The older, frozen
     pairs are added into `folded`, a copy of W_0 that the state dict does not contain: they cost no
-    time. `merge_lora` adds the newest pair as well. Loading a state dict folds anew.
+    time, but the memory of another W_0. `merge_lora` adds the newest pair as well. Loading a state dict folds anew.
     """
 
     def __init__(self, linear, blocks, rank, alpha, dropout):
@@ -61,8 +61,8 @@ class LoRALinear(nn.Module):
         if self.pairs and not self.merged:
             newest = self.pairs[-1]
             A, B = self.lora_A[newest], self.lora_B[newest]
-            low = F.linear(self.dropout(x).to(A.dtype), A.flatten(0, 1))  # A x: [..., blocks r]
-            low = low.unflatten(-1, A.shape[:2])
+            low = F.linear(self.dropout(x).to(A.dtype), A.flatten(0, 1))  # A x: [..., blocks * r]
+            low = low.unflatten(-1, A.shape[:2])  # [..., blocks, r]
             # b: block; o: rows of a block; r: rank
             delta = torch.einsum("...br,bor->...bo", low, B)  # B A x: [..., blocks, out / blocks]
             h = (h + self.scale * delta.flatten(-2)).to(h.dtype)
@@ -97,7 +97,7 @@ class LoRALinear(nn.Module):
         W = self.weight.clone().unflatten(0, (self.blocks, -1))  # [blocks, out / blocks, in]
         for key in pairs:
             A, B = self.lora_A[key], self.lora_B[key]
-            # in place: autocast leaves the precision of A and B as it is
+            # in place: autocast would run baddbmm, but not baddbmm_, in half precision
             W = W.to(A.dtype).baddbmm_(B, A, alpha=self.scale)
         return W.flatten(0, 1).to(self.weight.dtype)
 

@@ -37,6 +37,7 @@ from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
 import argparse
 import copy
 import functools
+import os
 from collections import Counter
 from dataclasses import fields, replace
 from itertools import cycle
@@ -60,7 +61,8 @@ class Stage(NamedTuple):
 
 
 # fmt: off
-PLANS = {  # rows of a Stage; looked up by data set, by size of CLIP and data set, by size
+PLANS = {  # rows: stage, epochs, top rate, batch size, hold; looked up by data set, then by size
+    # of CLIP and data set, then by size
     "base": [
         (0, 60, 2.5e-4, 80), (1, 20, 1e-4, 60), (2, 20, 5e-5, 60), (3, 20, 2.5e-5, 40)],
     "base-flickr30k": [
@@ -87,7 +89,7 @@ PLANS = {  # rows of a Stage; looked up by data set, by size of CLIP and data se
         (2, 1, 4e-4, 128, 0.2), (3, 1, 3e-4, 128, 0.2)],
 }
 # fmt: on
-EPOCH_SIZES = {"shapes": 11_800, "shapes-long": 45_300}  # newly drawn; others: all expressions
+EPOCH_SIZES = {"shapes": 11_800, "shapes-long": 45_300}  # others: all expressions
 SHAPES_MODEL = dict(  # its HiVGConfig
     bridge_layers=(3,),
     grounding_layers=3,
@@ -124,13 +126,13 @@ def train_step(model, batches, seeds, optimizer, scaler, args, dtype=None):
     process's.
 
     model: HiVG, or DistributedDataParallel around it. batches: dicts as data.py gives them; seeds:
-    of the dropout of each. scaler: a GradScaler, enabled for float16 only. args.loss: {loss: its
-    weight}. dtype: of autocast, None for float32.
+    of the dropout of each. scaler: a GradScaler, enabled for float16 only. args.batches: batches of a
+    step, over all processes; args.loss: {loss: its weight}. dtype: of autocast, None for float32.
     Returns this process's share of the mean losses, [losses], on the device: nothing here waits for
     a GPU.
     """
     bare_model = getattr(model, "module", model)  # inside DistributedDataParallel
-    means = 0
+    mean_losses = 0
     for number, (batch, seed) in enumerate(zip(batches, seeds), start=1):
         torch.manual_seed(seed)
         batch = bare_model.inputs(batch)
@@ -141,13 +143,13 @@ def train_step(model, batches, seeds, optimizer, scaler, args, dtype=None):
         losses = compute_losses(output, batch, bare_model.clip.logit_scale)
         loss = sum(args.loss[name] * losses[name] for name in losses)
         scaler.scale(loss * world_size() / args.batches).backward()
-        means += torch.stack([losses[name] for name in LOSS_WEIGHTS]).detach() / args.batches
+        mean_losses += torch.stack([losses[name] for name in LOSS_WEIGHTS]).detach() / args.batches
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(bare_model.parameters(), MAX_NORM)
     scaler.step(optimizer)  # float16: makes no step if a gradient is not finite
     scaler.update()
     optimizer.zero_grad()
-    return means
+    return mean_losses
 
 
 def train(model, train_set, val_set, plan, args, last=None):
@@ -169,7 +171,8 @@ def train(model, train_set, val_set, plan, args, last=None):
         if log and log[-1]["stage"] > stage.number:
             continue  # done before the run was resumed
         past = [line for line in log if line["stage"] == stage.number]
-        torch.manual_seed(data.mix_seed(args.seed, 1 + stage.number))  # of new pairs
+        # of new pairs; 1 + number, since seeds begin at 0 and stages at -1
+        torch.manual_seed(data.mix_seed(args.seed, 1 + stage.number))
         model.enter_stage(stage.number)
         model.checkpointing = args.checkpointing
         if args.compile:
@@ -185,7 +188,8 @@ def train(model, train_set, val_set, plan, args, last=None):
         if world_size() > 1:
             parallel = DistributedDataParallel(model, broadcast_buffers=False)
 
-        for epoch in range(len(past) - 1, stage.epochs):  # epoch -1 is what the stage starts from
+        # epoch -1 is what the stage starts from; of a resumed one len(past) are done
+        for epoch in range(len(past) - 1, stage.epochs):
             line, losses = {"stage": stage.number, "epoch": epoch}, []
             if epoch >= 0:
                 parallel.train()
@@ -213,7 +217,8 @@ def train(model, train_set, val_set, plan, args, last=None):
                 if is_best:
                     save_checkpoint(output / "best.pt", model)
                 write_text(output / "log.jsonl", "".join(json.dumps(old) + "\n" for old in log))
-                state = {"args": vars(args), "log": log, "steps": bar.n}
+                sizes = [len(train_set), len(val_set)]
+                state = {"args": vars(args), "log": log, "sizes": sizes, "steps": bar.n}
                 state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
                 save_checkpoint(output / "last.pt", model, **state)
         barrier()
@@ -235,15 +240,16 @@ def make_optimizer(model):
 def read_epoch(loader, stage, epoch, args):
     """Yield, for each step of an epoch, its number in the stage, the batches of this process and the
     seeds of their dropout. The batches of a step are dealt out to the processes as they come."""
-    numbers = args.seed, 1 + stage.number, epoch
-    torch.manual_seed(data.mix_seed(*numbers))
+    epoch_seed = args.seed, 1 + stage.number, epoch
+    torch.manual_seed(data.mix_seed(*epoch_seed))
     sizes = stage.steps, args.batches, stage.batch_size  # what fills no step is not used now
+    # numbers of samples, [steps, batches, batch_size]
     batches = torch.randperm(len(loader.dataset))[: math.prod(sizes)].view(sizes)
-    own = range(process_rank(), args.batches, world_size())
-    reader = loader(batches[:, own].flatten(0, 1).tolist(), seed=numbers)
+    mine = range(process_rank(), args.batches, world_size())
+    reader = loader(batches[:, mine].flatten(0, 1).tolist(), seed=epoch_seed)
     for step in range(stage.steps):
-        seeds = [data.mix_seed(*numbers, step, number) for number in own]
-        yield epoch * stage.steps + step, ([next(reader) for _ in own], seeds)
+        seeds = [data.mix_seed(*epoch_seed, step, number) for number in mine]
+        yield epoch * stage.steps + step, ([next(reader) for _ in mine], seeds)
 
 
 def finite_means(losses, line):
@@ -441,6 +447,12 @@ def run(args):
         model, annotations, "train", augment=not args.no_augment, cache=is_shapes
     )
     val_set = grounding_dataset(model, annotations, args.select, cache=is_shapes)
+    sizes = [len(train_set), len(val_set)]
+    if last and last["sizes"] != sizes:
+        raise HiVGError(
+            f"train and {args.select} have {sizes} expressions, {last_path} is of {last['sizes']}: "
+            "restore the files, or start a new --output."
+        )
     plan = make_plan(args, model, train_set)
     print_summary(args, plan, model, train_set)
     # Plain attention is twice as fast as the fused kernel here (small heads, AVX2).
@@ -476,17 +488,18 @@ def parameter_table(model):
 
 
 def print_summary(args, plan, model, train_set):
-    """Print what the run is going to do; on a GPU, what its largest step takes."""
+    """Print what the run is going to do; on a GPU, what the largest step of each stage takes."""
     device = model.mean.device
     size = f"{len(train_set):,} expressions to train on, {world_size()} process(es), {device}"
     print(args, model.config, *train_set.report, *plan, size, sep="\n")
-    if device.type == "cuda":  # a step that is thrown away: out of memory comes now
+    if device.type == "cuda":  # steps that are thrown away: out of memory comes now
         trial = copy.deepcopy(model).train()
-        trial.enter_stage(plan[-1].number)
         trial.checkpointing = args.checkpointing
-        batch = data.collate([train_set[0]] * max(stage.batch_size for stage in plan))
-        train_step(trial, [batch], [0], *make_optimizer(trial), args, autocast_dtype(device))
-        print(f"the largest step takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        for stage in plan:
+            trial.enter_stage(stage.number)
+            batch = data.collate([train_set[0]] * stage.batch_size)
+            train_step(trial, [batch], [0], *make_optimizer(trial), args, autocast_dtype(device))
+        print(f"a step takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
 
 
 def number_or_word(text):
@@ -513,15 +526,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = adder(parser)
+    add, path = adder(parser), os.path.expanduser
     add_start = adder(parser.add_mutually_exclusive_group())
     count, positive, real = number_from(0), number_from(1), number_from(0, float)
     model_fields = [field.name for field in fields(HiVGConfig) if field.name != "stage"]
     # data and weights
     add("--dataset", "one or several", nargs="+", required=True, choices=data.DATASETS)
-    add("--data-root", "folder of the data sets (default: data)", default="data")
-    add_start("--clip", "name or file (default: ViT-B/16; shapes: trained first)")
-    add_start("--init", "start from train.py's or the authors' checkpoint instead")
+    add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
+    add_start("--clip", "name or file (default: ViT-B/16; shapes: trained first)", type=path)
+    add_start("--init", "start from train.py's or the authors' checkpoint instead", type=path)
     add("--no-augment", "images as they are", action="store_true")
     # what is trained, and how long: one value for all stages, or one for each
     add("--preset", "the plan of stages (default: by CLIP and data)", choices=PLANS)
@@ -542,7 +555,7 @@ def main():
     add("--checkpointing", "less memory, longer steps: layers run twice", action="store_true")
     add("--compile", "let torch.compile make the steps faster", action="store_true")
     # the run
-    add("--output", "folder of checkpoints and log (default: runs/DATASET)")
+    add("--output", "folder of checkpoints and log (default: runs/DATASET)", type=path)
     add("--resume", "continue from OUTPUT/last.pt, if it is there", action="store_true")
     add("--seed", "of all that is random (default: 0)", type=count, default=0)
     add("--device", "cuda, mps or cpu (default: the best there is)")

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,24 @@ def test_no_deep_image_comes_out_black(tmp_path, dtype, top):
         assert is_a_ramp(path)
 
 
+@pytest.mark.parametrize("channels, kind", [(1, 0), (3, 2), (2, 4), (4, 6)])
+def test_no_deep_png_comes_out_black(tmp_path, channels, kind):
+    """12 bits in 16-bit PNGs: grey, RGB, and both with alpha."""
+    values = (4095 * RAMP)[..., None].repeat(channels, axis=2).astype(">u2")
+    if kind >= 4:
+        values[..., -1] = 65535
+    raw = b"".join(b"\0" + row.tobytes() for row in values)
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + crc
+
+    header = (64).to_bytes(4, "big") * 2 + bytes([16, kind, 0, 0, 0])
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw))
+    (tmp_path / "a.png").write_bytes(png + chunk(b"IEND", b""))
+    assert is_a_ramp(tmp_path / "a.png")
+
+
 # -------------------------------------------------------------------------------- programs and texts
 
 
@@ -170,13 +189,14 @@ def test_texts_that_say_nothing(tokenizer, tmp_path):
 
 
 def test_what_a_long_text_loses_is_told(monkeypatch, checkpoint, tmp_path, capsys):
-    """77 tokens are read, and a line says that a text has more."""
+    """77 tokens are read; the words behind them are printed."""
     plain_picture().save(tmp_path / "a.png")
     words = "red " * 90 + "blue one"
     for text, notes in ((words, 1), (words[:300], 0)):
         line = ["image", checkpoint, tmp_path / "a.png", text, "--output", tmp_path / "o.png"]
         assert command(monkeypatch, *line, program=evaluate) is None
-        assert capsys.readouterr().out.count("77 tokens") == notes
+        printed = capsys.readouterr().out
+        assert printed.count("77 tokens") == printed.count(" red blue one)") == notes
 
 
 # ----------------------------------------------------------------------------------------- own data
@@ -285,11 +305,11 @@ def test_a_name_that_two_files_have_is_not_guessed(tmp_path):
 
 
 def test_own_files_as_people_write_them(tmp_path):
-    """Blank lines between the lines, Windows line ends, a byte order mark."""
+    """Blank lines between the lines, Windows line ends, a byte order mark, one JSON array."""
     lines = write_own(tmp_path, [[10, 20, 90, 100]] * 3)
     expected = list(open_split(tmp_path, "train", "own").samples)
     contents = ["\n\n".join(lines) + "\n\n", "\r\n".join(lines), "\ufeff" + "\n".join(lines)]
-    for content in contents:
+    for content in (*contents, "[\n" + ",\n".join(lines) + "\n]"):
         (tmp_path / "train.jsonl").write_bytes(content.encode())
         assert list(open_split(tmp_path, "train", "own").samples) == expected
     assert len(expected) == 3 and expected[0].upright
@@ -428,11 +448,16 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "29411"}
 ALONE = TORCHRUN | {"WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
 STARTS = {
-    "srun": ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "cpu", "one torchrun"),
+    "srun": ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "cpu", "4 processes"),
+    "a job of srun": ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "run"}, "cpu", "4 processes"),
+    "a cluster's pods": ({"WORLD_SIZE": "4", "RANK": "1"}, "cpu", "4 processes"),
+    "mpirun": ({"OMPI_COMM_WORLD_SIZE": "2"}, "cpu", "start one torchrun"),
     "no such host": (TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"}, "cpu", "MASTER_ADDR"),
     "no such interface": (ALONE | {"GLOO_SOCKET_IFNAME": "nosuch0"}, "cpu", "GLOO_SOCKET_IFNAME"),
+    "a GPU by number": (TORCHRUN, "cuda:0", "no --device cuda:0"),
     "no such device": ({}, "tpu9", "tpu9"),
 }
+INTERACTIVE = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NAME": "bash"}
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -443,9 +468,9 @@ def test_processes_that_do_not_find_one_another(monkeypatch, start):
     assert says in error_of(data.setup_device, device) and data.world_size() == 1
 
 
-@pytest.mark.parametrize("variables", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
+@pytest.mark.parametrize("variables", [{}, INTERACTIVE, {"SLURM_STEP_NUM_TASKS": "1"}])
 def test_one_process_runs(monkeypatch, variables):
-    """Also as the only one of a step of SLURM."""
+    """Also in an interactive shell of SLURM."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert data.setup_device("cpu") == torch.device("cpu") and data.setup_device().type == "cpu"
@@ -467,10 +492,16 @@ def test_a_users_own_files_are_not_overwritten(monkeypatch, checkpoint, tmp_path
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.*")}
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
-    """In CLIP_CACHE, where no shell expands it."""
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path, capsys):
+    """In --data-root=~/data, where the shell does not expand it, in a file's name and CLIP_CACHE."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    write_own(tmp_path / "data", [[10, 20, 590, 400]])
+    assert command(monkeypatch, "check", "--dataset", "own", "--data-root=~/data") is None
+    assert "train; 1 expressions" in capsys.readouterr().out
+    text = command(monkeypatch, "image", "~/best.pt", "~/data/0.jpg", "red", program=evaluate)
+    assert f"{tmp_path}/best.pt" in text
     monkeypatch.setenv("CLIP_CACHE", "~/cache")
     with pytest.raises(HiVGError, match=str(tmp_path / "cache")):
         clip_model.load_clip("ViT-B/16")
@@ -478,7 +509,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
 
 def test_every_text_has_its_box(monkeypatch, checkpoint, tmp_path, capsys):
     """Several texts: a line for each, and all boxes in one image, each in its own colour. Words that
-    the model never saw are named."""
+    the model never saw are named, and words that the shell has split are worth a hint."""
     plain_picture(500, 400).save(tmp_path / "a.png")
     texts = ["red one", "the blue one", "one"]
     line = ["image", checkpoint, tmp_path / "a.png", *texts, "--output", tmp_path / "o.png"]
@@ -487,14 +518,23 @@ def test_every_text_has_its_box(monkeypatch, checkpoint, tmp_path, capsys):
     assert printed.pop(2) == "(this model was trained without the words: the)"
     assert [row.split(": ")[1] for row in printed[:3]] == texts and len(printed) == 4
     drawn = np.asarray(Image.open(tmp_path / "o.png"))
-    for colour in evaluate.COLOURS[:3]:
+    for colour in evaluate.BOX_COLOURS[:3]:
         assert (drawn == colour).all(axis=2).sum() > 100
+    line[3:6] = "man", "in", "red"
+    assert command(monkeypatch, *line, program=evaluate) is None
+    assert "these are 3 expressions; quotes" in capsys.readouterr().out
 
 
-def test_words_that_the_font_lacks(monkeypatch):
-    """The text's number; never empty boxes."""
+@pytest.mark.parametrize("has_font", [False, True])
+def test_words_that_the_font_lacks(monkeypatch, capsys, has_font):
+    """A font that has them, or the text's number, with a line that tells it; never empty boxes."""
+    if not has_font:
+        monkeypatch.setattr(evaluate, "FONTS", ("no such font.ttf",))
     texts, drawn = ["a cup", "чашка"], []
     monkeypatch.setattr(evaluate, "draw_box", lambda image, box, colour, label: drawn.append(label))
     grounding = evaluate.Grounding((1, 2, 30, 30), 0.5, None)
     evaluate.draw_groundings(plain_picture(), [grounding] * 2, texts)
-    assert drawn == ["a cup  0.50", "2  0.50"]
+    if not has_font or evaluate.font_for(texts[1], 14) is None:
+        assert drawn == ["a cup  0.50", "2  0.50"] and texts[1] in capsys.readouterr().out
+    else:
+        assert drawn == [f"{text}  0.50" for text in texts] and not capsys.readouterr().out

@@ -285,9 +285,12 @@ def test_other_files_are_told_by_name(tmp_path):
         "extra.pt": (state | {"surprise.weight": torch.zeros(1)}, "surprise.weight"),
         "lora.pt": (theirs, "lora_A"),
         "peft.pt": ({f"base_model.model.{name}": t for name, t in theirs.items()}, "lora_A"),
+        "model.safetensors.index.json": (b"{}", "several files"),
         "absent.pt": (None, "No such file"),
     }
     check_refusals(load_clip, tmp_path, files)
+    with pytest.raises(HiVGError, match="several files"):  # the only one that a folder may hold
+        load_clip(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,7 @@ def test_one_picture_on_the_command_line(checkpoint, tmp_path, capsys):
     assert box == pytest.approx(expected, abs=0.06)
     drawn = np.asarray(Image.open(tmp_path / "found.png"))
     assert drawn.shape == (300, 500, 3)  # small images are enlarged
-    assert (drawn == evaluate.COLOURS[0]).all(axis=2).sum() > 200
+    assert (drawn == evaluate.BOX_COLOURS[0]).all(axis=2).sum() > 200
     line += ["blue one", "--attention", "--output", tmp_path / "maps.png"]
     assert exit_of(evaluate, *line) is None
     sheet = Image.open(tmp_path / "maps.png")

@@ -174,7 +174,7 @@ def test_copied_parts_need_nothing_else(model):
     parts = copied(hivg, (*OVERLAP, *LOSSES, "compute_losses"))
     close(losses(*boxes, function=parts["compute_losses"]), losses(*boxes))
     parts = copied(clip_model, ("attention", "QuickGELU"))
-    parts = copied(hivg, ("make_mlp", "CrossAttention", "Bridge"), **parts)
+    parts = copied(hivg, ("make_mlp", "MultiHeadAttention", "Bridge"), **parts)
     bridge = parts["Bridge"](model.clip.config, 2)
     bridge.load_state_dict(model.bridges["1"].state_dict())
     x, features = torch.randn(2, 5, 64), torch.randn(2, 2, 7, 64)
@@ -195,7 +195,7 @@ def join_qkv(state, where=""):
 
 
 def in_torch(attention):
-    """A CrossAttention's weights in torch's nn.MultiheadAttention."""
+    """A MultiHeadAttention's weights in torch's nn.MultiheadAttention."""
     width = attention.out_proj.in_features
     theirs = torch.nn.MultiheadAttention(width, attention.heads, batch_first=True).eval()
     theirs.load_state_dict(join_qkv(attention.state_dict()))
@@ -239,7 +239,7 @@ def test_a_grounding_layer_equals_torch_attention():
 
 def test_layers_of_the_multi_level_features_and_bridges():
     """V and C are the paper's for CLIP's depths, and thirds of any other depth; a layer that is
-    not there is told."""
+    not there is told, and an empty list of layers that are needed."""
     thirds, L336 = (1, 4, 8, 12), (12, 16, 20, 24)
     rows = [(12, 224, thirds, thirds), (24, 224, (6, 12, 18, 24), (5, 11, 17, 23))]
     rows += [(24, 336, L336, L336), (3, 80, (1, 2, 3), (1, 2, 3))]
@@ -251,6 +251,9 @@ def test_layers_of_the_multi_level_features_and_bridges():
     for field in ("visual_layers", "bridge_layers", "text_layers"):
         with pytest.raises(HiVGError, match="99"):
             HiVG(HiVGConfig(**{field: (1, 99)}), clip)
+    for field in ("visual_layers", "text_layers"):  # of bridges there may be none
+        with pytest.raises(HiVGError, match=f"{field}: name"):
+            HiVG(HiVGConfig(**{field: ()}), clip)
 
 
 def test_a_fresh_model_reads_the_layers_of_clip(tokenizer):
@@ -260,9 +263,8 @@ def test_a_fresh_model_reads_the_layers_of_clip(tokenizer):
     config = HiVGConfig(visual_layers=(6, 2, 2), bridge_layers=(3,), text_layers=(1, 3), heads=4)
     model = HiVG(config, clip, tokenizer).eval()
     images, tokens, _ = tiny_batch(model)
-    padding = torch.zeros(len(images), 64, 64, dtype=torch.bool)
     seen = watch(model, "bridges.3.W_proj", "visual_proj", "grounding_norm")
-    output = model(images, tokens, padding)
+    output = model(images, tokens)
     ((context,), _), ((levels,), _), (_, z) = seen
     states = [clip.visual.embed(images)]
     for block in clip.visual.transformer.resblocks:
@@ -361,8 +363,7 @@ def test_the_given_clip_is_copied(tokenizer):
         assert clip.config == fresh.config and config == given
         close(clip.state_dict(), fresh.state_dict(), 0)
         assert all(parameter.requires_grad for parameter in clip.parameters())
-    padding = torch.zeros(1, 96, 96, dtype=torch.bool)
-    assert model(torch.zeros(1, 3, 96, 96), tokenizer("red"), padding).boxes.shape == (1, 4)
+    assert model(torch.zeros(1, 3, 96, 96), tokenizer("red")).boxes.shape == (1, 4)
 
 
 # ------------------------------------------------------------------------------- batches and padding
@@ -436,12 +437,12 @@ def keys_masked(model, *inputs):
 
 def test_padding_is_no_key_and_an_exclamation_mark_is_one(model):
     """What comes after the end token is masked, but not "!", whose id is 0; patches wholly in the
-    image's padding are, half-padded ones are not."""
+    image's padding are, half-padded ones are not; no padding at all is the same as None."""
     images, tokens, _ = tiny_batch(model, ["blue !; one"])
     end = int(tokens.argmax())
     assert 0 in tokens[0, :end]
-    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
-    plain = model(images, tokens, padding).boxes
+    padding, plain = torch.zeros(1, 64, 64, dtype=torch.bool), model(images, tokens).boxes
+    close(model(images, tokens, padding).boxes, plain, 0)
     padding[0, 40:] = True  # of four rows of patches, the last wholly and the third by half
     patches, text = [False] * 12 + [True] * 4, [position > end for position in range(77)]
     output = model(images, tokens, padding)

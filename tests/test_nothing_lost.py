@@ -212,16 +212,26 @@ def test_other_flags_that_differ_are_an_error(monkeypatch, stopped, flags):
     assert (output / "last.pt").read_bytes() == before
 
 
-@pytest.mark.parametrize("kind", ["best.pt", "last.pt"])
+@pytest.mark.parametrize("kind", ["best.pt", "last.pt", "train", "val"])
 def test_what_changed_beside_a_stopped_run_is_told_at_the_start(monkeypatch, stopped, kind):
-    """A checkpoint that is gone or damaged."""
+    """A checkpoint that is gone or damaged, lines that went: with the numbers then and now."""
     output, words = stopped
+    real = data.read_annotations
+
+    def changed(name, root):
+        splits = real(name, root)
+        if kind in splits:
+            fewer = data.PackedSamples([*splits[kind].samples][1:])
+            splits[kind] = splits[kind]._replace(samples=fewer)
+        return splits
+
+    monkeypatch.setattr(data, "read_annotations", changed)
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it began to train"))
     if kind == "best.pt":
         (output / "best.pt").unlink()
     if kind == "last.pt":
         (output / "last.pt").write_bytes(b"garbage")
-    told(exit_of(train, *words), kind)
+    told(exit_of(train, *words), *{"train": (7, 8), "val": (3, 4)}.get(kind, [kind]))
 
 
 # ---------------------------------------------------------------------- losses that are not finite

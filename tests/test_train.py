@@ -303,7 +303,7 @@ def test_a_run_writes_all_it_promises(finished, tokenizer, clip_file):
     for split in ("val", "testA"):
         names |= {f"refcoco_{split}.png", f"boxes_refcoco_{split}.jsonl"}
         picture = np.asarray(Image.open(finished / f"refcoco_{split}.png")).astype(int)
-        for colour in (ImageColor.getrgb(evaluate.TRUE_COLOUR), evaluate.COLOURS[0]):
+        for colour in (ImageColor.getrgb(evaluate.TRUE_COLOUR), evaluate.BOX_COLOURS[0]):
             assert (abs(picture - colour).max(axis=2) < 40).sum() > 20, (split, colour)
     assert set(os.listdir(finished)) == names
     results, log = json.loads((finished / "results_refcoco.json").read_text()), log_of(finished)
