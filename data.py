@@ -9,9 +9,9 @@ An image is scaled and padded to the square that the model sees; boxes go with i
     box x1 y1 x2 y2 in pixels         <--------box_to_pixels-------  box of the model
 
 Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
-robust reading of images, the shapes data set (which is generated), device and processes, check and
-download. This file knows no model: of clip_model.py it takes errors, PlainUnpickler and a few
-functions on texts.
+robust reading of images, the shapes data set (which is generated), device, processes and command
+line, check and download. This file knows no model: of clip_model.py it takes errors, PlainUnpickler
+and a few functions on texts.
 
 Boxes are x1, y1, x2, y2 in pixels of the image as stored (one's own: as viewers show it), except
 where a docstring says cx, cy, w, h: those are 0..1 of the padded square. Letters: S side of the
@@ -1104,7 +1104,7 @@ def train_bpe(words):
         words = [merge_pair(word, best) for word in words]
 
 
-# ----------------------------------------------------------------------------- device and processes
+# ------------------------------------------------------ device, processes, progress and command line
 
 
 def setup_device(name=None):
@@ -1179,6 +1179,35 @@ def worker_pool():
     return multiprocessing.Pool(None, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
+def progress(*args, **options):
+    """A tqdm bar; where stderr is no terminal, a line a minute at most. Of several processes the
+    first alone has one."""
+    seconds = 0.1 if sys.stderr.isatty() else 60
+    options["disable"] = os.environ.get("RANK", "0") != "0"
+    return tqdm(*args, mininterval=seconds, delay=seconds, **options)
+
+
+def adder(parser):
+    """add(name, help, **options), which adds an argument to a parser."""
+
+    def add(name, text=None, **options):
+        parser.add_argument(name, help=text, **options)
+
+    return add
+
+
+def number_from(low, kind=int):
+    """argparse's type of a number that is at least `low`."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} must be >= {low}")
+        return value
+
+    return number
+
+
 # ------------------------------------------------------------------------------- check and download
 
 UNC = "https://web.archive.org/web/{}/https://bvisionweb1.cs.unc.edu/licheng/referit/data/{}.zip"
@@ -1247,14 +1276,6 @@ def wrong_units(boxes, sizes):
     return []
 
 
-def progress(*args, **options):
-    """A tqdm bar; where stderr is no terminal, a line a minute at most. Of several processes the
-    first alone has one."""
-    seconds = 0.1 if sys.stderr.isatty() else 60
-    options["disable"] = os.environ.get("RANK", "0") != "0"
-    return tqdm(*args, mininterval=seconds, delay=seconds, **options)
-
-
 def download_dataset(name, data_root):
     """Fetch what is missing of a data set. Raises HiVGError, which says where to ask, for one that
     has no public address."""
@@ -1319,14 +1340,10 @@ def download(url, path):
 def main():
     commands = {"check": check_dataset, "download": download_dataset}
     parser = argparse.ArgumentParser(description="Check a data set, or fetch it.")
-    parser.add_argument("command", choices=commands)
-    parser.add_argument("--dataset", required=True, choices=DATASETS, help="its name")
-    parser.add_argument(
-        "--data-root",
-        type=os.path.expanduser,
-        default="data",
-        help="folder of the data (default: data)",
-    )
+    add = adder(parser)
+    add("command", choices=commands)
+    add("--dataset", "its name", required=True, choices=DATASETS)
+    add("--data-root", "folder (default: data)", type=os.path.expanduser, default="data")
     args = parser.parse_args()
     clip_model.run_main(commands[args.command], args.dataset, args.data_root)
 

@@ -440,18 +440,6 @@ def run_curve(args):
     print(f"drawn into {args.output}")
 
 
-def number_from(low, kind=int):
-    """argparse's type of a number that is at least `low`."""
-
-    def number(text):
-        value = kind(text)
-        if not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} must be >= {low}")
-        return value
-
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -473,8 +461,8 @@ def main():
     add("--split", "default: all but train", nargs="+")
     add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
     add("--output", "folder of the results (default: the checkpoint's)", type=path)
-    add("--batch-size", type=number_from(1), default=64)
-    add("--workers", "reading processes", type=number_from(0), default=data.default_workers())
+    add("--batch-size", type=data.number_from(1), default=64)
+    add("--workers", "reading processes", type=data.number_from(0), default=data.default_workers())
     add("--device", "cuda, mps or cpu (default: the best there is)")
 
     add = add_command(commands, "curve", run_curve, "draw the accuracy over the epochs of runs")
@@ -485,19 +473,10 @@ def main():
 
 
 def add_command(commands, name, run, text):
-    """A subcommand of a parser; returns its `adder`."""
+    """A subcommand of a parser; returns its `data.adder`."""
     command = commands.add_parser(name, help=text)
     command.set_defaults(run=run)
-    return adder(command)
-
-
-def adder(parser):
-    """add(name, help, **options), which adds an argument to a parser."""
-
-    def add(name, text=None, **options):
-        parser.add_argument(name, help=text, **options)
-
-    return add
+    return data.adder(command)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ import clip_model
 import data
 import hivg
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, write_text
-from data import barrier, default_workers, process_rank, world_size
-from evaluate import adder, evaluate_splits, grounding_dataset, number_from, predict, summary
+from data import adder, barrier, default_workers, number_from, process_rank, world_size
+from evaluate import evaluate_splits, grounding_dataset, predict, summary
 from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
 
 # isort: split
@@ -420,7 +420,7 @@ FREE_FLAGS = ("resume", "workers", "device", "data_root", "output", "checkpointi
 def run(args):
     """A whole run: model, data, training, and the evaluation of all splits but train."""
     device, name = data.setup_device(args.device), args.dataset[0]
-    output = Path(args.output).resolve()
+    output = Path(os.path.normpath(args.output))
     is_shapes = name in data.TRAIN_SCENES
     last_path, last = output / "last.pt", None
     if (output / "best.pt").exists() and not args.resume:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
 import train  # noqa: E402
 from clip_model import CLIP, CLIPConfig, Tokenizer  # noqa: E402
-from evaluate import adder, number_from  # noqa: E402
+from data import adder, number_from  # noqa: E402
 from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, read_checkpoint  # noqa: E402
 
 MIN_SECONDS = 2.0  # of measuring, for each time
