@@ -463,25 +463,30 @@ def infer_config(state):
 def check_family(folder, config):
     """Raise ValueError if a config.json (Hugging Face) or open_clip_config.json in the folder of a
     CLIP describes another network than `CLIP`."""
-    heads = [max(1, width // 64) for width in (config.vision_width, config.text_width)]
-    fitting = {  # values of Hugging Face's names; the last two are open_clip's
-        "hidden_act": ["quick_gelu"],
-        "num_attention_heads": heads,
-        "heads": heads,
-        "head_width": [64],
-    }
-
-    def check(values):  # of the file and of each tower
-        for name in fitting.keys() & values.keys():
-            if values[name] not in fitting[name]:
-                raise ValueError(f"{path} has {name} {values[name]}, not one of {fitting[name]}")
-        return values
-
-    for path in filter(Path.is_file, (folder / "config.json", folder / "open_clip_config.json")):
-        described = json.loads(path.read_text(encoding="utf-8"), object_hook=check)
+    for path in (folder / "config.json", folder / "open_clip_config.json"):
+        if not path.is_file():
+            continue
+        described = json.loads(path.read_text(encoding="utf-8"))
         described = described.get("model_cfg", described)
         if path.name == "open_clip_config.json" and not described.get("quick_gelu"):
             raise ValueError(f"{path} has no quick_gelu: its activation is another one")
+        for tower, width in (("vision", config.vision_width), ("text", config.text_width)):
+            values = {}
+            for ending in ("config", "config_dict", "cfg"):  # old and new Hugging Face, open_clip
+                values |= described.get(f"{tower}_{ending}") or {}
+            heads = max(1, width // 64)
+            expected = {  # the last two are open_clip's
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-5,
+                "num_attention_heads": heads,
+                "heads": heads,
+                "head_width": 64,
+            }
+            for name, value in expected.items():
+                found = values.get(name, value)
+                if found != value:
+                    what = name.replace("head_width", "heads of width")
+                    raise ValueError(f"{path} has {what} {found} in {tower}, not {value}")
 
 
 HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's

@@ -297,8 +297,9 @@ def test_other_files_are_told_by_name(tmp_path):
     "name, described, wrong",
     [
         ("config.json", {"vision_config": {"hidden_act": "gelu"}}, "hidden_act gelu"),
-        ("config.json", {"text_config": {"hidden_act": "gelu"}}, "hidden_act gelu"),
+        ("config.json", {"text_config": {"hidden_act": "gelu"}}, "hidden_act gelu in text"),
         ("config.json", {"text_config_dict": {"num_attention_heads": 4}}, "num_attention_heads 4"),
+        ("config.json", {"vision_config": {"layer_norm_eps": 1e-6}}, "layer_norm_eps 1e-06"),
         (
             "config.json",
             {"vision_config": {"num_attention_heads": 1, "hidden_act": "quick_gelu"}},
@@ -307,12 +308,8 @@ def test_other_files_are_told_by_name(tmp_path):
         ("config.json", {"model_type": "another program's"}, None),
         ("open_clip_config.json", {"model_cfg": {"embed_dim": 64}}, "no quick_gelu"),
         ("open_clip_config.json", {"model_cfg": {"embed_dim": 64, "quick_gelu": True}}, None),
-        (
-            "open_clip_config.json",
-            {"quick_gelu": 1, "vision_cfg": {"head_width": 80}},
-            "head_width 80",
-        ),
-        ("open_clip_config.json", {"quick_gelu": 1, "text_cfg": {"heads": 8}}, "heads 8"),
+        ("open_clip_config.json", {"quick_gelu": 1, "vision_cfg": {"head_width": 80}}, "heads"),
+        ("open_clip_config.json", {"quick_gelu": 1, "text_cfg": {"heads": 8}}, "heads"),
     ],
 )
 def test_a_config_beside_the_file_is_believed(tmp_path, name, described, wrong):
@@ -325,6 +322,16 @@ def test_a_config_beside_the_file_is_believed(tmp_path, name, described, wrong):
         load_clip(tmp_path)
     (tmp_path / name).write_text("[1]")
     with pytest.raises(HiVGError, match="pytorch_model.bin"):
+        load_clip(tmp_path)
+
+
+@pytest.mark.parametrize("tower, heads", [("vision", 1), ("text", 2)])
+def test_heads_of_the_other_tower_do_not_fit(tmp_path, tower, heads):
+    """Widths 128 and 64 have two heads and one."""
+    save_clip(tiny_clip(vision_layers=1, text_layers=1, vision_width=128), tmp_path / "model.bin")
+    described = {f"{tower}_config": {"num_attention_heads": heads}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(HiVGError, match=f"num_attention_heads {heads} in {tower}"):
         load_clip(tmp_path)
 
 
