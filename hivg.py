@@ -326,6 +326,7 @@ class HiVG(nn.Module):
         self.region_mlp = make_mlp(D, config.region_width, QuickGELU())
 
         self.checkpointing = False  # see maybe_checkpoint
+        self.bridged_block = bridged_block  # or that compiled, see compile_blocks
         self.enter_stage(config.stage)
 
     def forward(self, images, tokens, padding=None):
@@ -372,7 +373,9 @@ class HiVG(nn.Module):
         for number, block in enumerate(self.visual_blocks, start=1):
             t = contexts.get(number)
             bridge = None if t is None else self.bridges[str(number)]
-            x = self.maybe_checkpoint(bridged_block, x, block, bridge, t, masks.text_for_bridge)
+            x = self.maybe_checkpoint(
+                self.bridged_block, x, block, bridge, t, masks.text_for_bridge
+            )
             if number in self.config.visual_layers:
                 visual_levels.append(x)
         return torch.cat(visual_levels, dim=-1), x
@@ -478,6 +481,14 @@ class HiVG(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
+
+    def compile_blocks(self):
+        """Let torch.compile make the blocks faster: each kind of them (image blocks with a bridge
+        and without, text blocks, grounding layers) is compiled when it is first met, once for all
+        layers and lengths of text. The names of parameters stay."""
+        self.bridged_block = torch.compile(bridged_block, dynamic=True)
+        for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
+            block.compile(dynamic=True)
 
     def padding_masks(self, tokens, padding):
         """PaddingMasks of a batch. padding: [B, S, S] bool, or None.

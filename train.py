@@ -175,7 +175,7 @@ def train(model, train_set, val_set, plan, args, last=None):
         model.checkpointing = args.checkpointing
         if args.compile:
             torch.compiler.reset()  # Dynamo gives up after 8 recompilations: count anew
-            model.compile()
+            model.compile_blocks()
         print(parameter_table(model))
         optimizer, scaler = make_optimizer(model)
         if past:
@@ -202,7 +202,8 @@ def train(model, train_set, val_set, plan, args, last=None):
                     if len(losses) % LOOK_EVERY == 0:
                         bar.set_postfix(finite_means(losses[-LOOK_EVERY:], line), refresh=False)
                 line["losses"] = finite_means(losses, line)
-            found, true, scores = predict(model, val_set, stage.batch_size, loader=val_loader)
+            with torch.compiler.set_stance("force_eager"):  # compiled is what trains
+                found, true, scores = predict(model, val_set, stage.batch_size, loader=val_loader)
             check_finite(torch.cat([found.sum(dim=1), scores]), line)
             line |= summary(val_set, found, true)
             bar.clear()

@@ -1,6 +1,7 @@
 """hivg.py: boxes, losses, stages, batches, padding, checkpoints."""
 
 import copy
+import functools
 import inspect
 import json
 import math
@@ -469,25 +470,57 @@ def test_the_residual_streams_stay_float32_under_autocast(model):
     close(output.boxes, model(*tiny_batch(model)).boxes, 0.02)
 
 
-@pytest.mark.parametrize("way", ["checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
-def test_checkpointing_and_compiling_change_no_gradient(tokenizer, way):
+def gradients(model, batch):
+    """{name: gradient} of the parameters that train, of some function of all outputs."""
+    model.zero_grad()
+    torch.manual_seed(3)
+    output = model(*batch)
+    (output.boxes.sum() + output.region_logits.square().mean()).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_checkpointing_changes_no_gradient(tokenizer):
     """Layers that are computed again in the backward pass, with the dropout of the first time, give
-    the same gradients; so does a compiled model, without dropout."""
-    dropout = 0.2 if way == "checkpointing" else 0.0
-    model = tiny_model(tokenizer, 2, dropout=dropout, lora_dropout=dropout).train()
-    batch, gradients, calls = tiny_batch(model), [], watch(model, "grounding_layers.0.norm_1")
-    for again in (False, True):
-        if again and way == "compile":
-            model.compile()
-        model.checkpointing = again and way == "checkpointing"
-        model.zero_grad()
-        torch.manual_seed(3)
-        output = model(*batch)
-        (output.boxes.sum() + output.region_logits.square().mean()).backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    the same gradients."""
+    model = tiny_model(tokenizer, 2, dropout=0.2, lora_dropout=0.2).train()
+    batch, calls = tiny_batch(model), watch(model, "grounding_layers.0.norm_1")
+    first = gradients(model, batch)
+    model.checkpointing = True
+    torch.testing.assert_close(gradients(model, batch), first, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 3  # once more in the backward pass
+
+
+@pytest.mark.parametrize(
+    "backend, stage, kinds",
+    [
+        ("eager", 3, 5),
+        pytest.param("inductor", 0, 5, marks=pytest.mark.slow),
+        pytest.param("inductor", 2, 7, marks=pytest.mark.slow),
+    ],
+)
+def test_each_kind_of_block_is_compiled_once(tokenizer, monkeypatch, backend, stage, kinds):
+    """Image blocks with a bridge and without (and without pairs, in stage 2, where the last two have
+    none), the first of them, text blocks and grounding layers: each once for all layers, lengths of
+    text and numbers of older pairs. Gradients stay, with recomputation as well, and so do names."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    counts, statistics = [], torch._dynamo.utils.counters["stats"]
+    model = tiny_model(tokenizer, 3).train()
+    model.enter_stage(stage)
+    shake_pairs(model)
+    names = list(model.state_dict())
+    images, tokens, padding = tiny_batch(model)
+    batches = [(images, tokens[:, :length], padding) for length in (12, 7, 15, 9, 11)]
+    expected = [gradients(model, batch) for batch in batches]
     torch.compiler.reset()
-    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
-    assert way == "compile" or len(calls) == 3  # once more in the backward pass
+    statistics.clear()
+    model.compile_blocks()
+    for batch, gradient in zip(batches, expected):
+        torch.testing.assert_close(gradients(model, batch), gradient, atol=1e-5, rtol=1e-4)
+        counts.append(statistics["unique_graphs"])
+    model.checkpointing = True
+    torch.testing.assert_close(gradients(model, batches[0]), expected[0], atol=1e-5, rtol=1e-4)
+    torch.compiler.reset()
+    assert counts == 5 * [kinds] and list(model.state_dict()) == names
 
 
 # --------------------------------------------------------------------------------------- checkpoints
@@ -511,7 +544,7 @@ def test_a_checkpoint_gives_the_same_boxes(tokenizer, tmp_path, adapters, traine
     again = pickle.loads(pickle.dumps(load_checkpoint(str(path))))
     close(again(*batch).boxes, model(*batch).boxes)
     assert not again.training and again.config == model.config
-    assert all(module.merged for module in hivg.lora.lora_modules(again).values())
+    assert not any(module.branch for module in hivg.lora.lora_modules(again).values())
     close((again.mean, again.tokenize("the red")), (model.mean, tokenizer("the red")), 0)
     again, more = copy.deepcopy(hivg.read_checkpoint(path))
     assert more["progress"] == {"stage": stage}
