@@ -5,6 +5,7 @@
     python tests/benchmark.py ViT-L/14 --batch-size 32 --checkpointing --compile
     python tests/benchmark.py --ratios               # against CLIP's bare image encoder and PIL, CPU
     python tests/benchmark.py --launches             # operations launched in a training step
+    python tests/benchmark.py --launches --compile   # the same, and with compiled blocks (minutes)
 
 The table has a training step of stage 3, inference, and reading; after it stand the hours that
 RefCOCO's schedule would take if all its steps ran at that speed. MFU is the share of what a large
@@ -26,7 +27,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,7 +145,7 @@ def print_table(args):
     )
     model.to(device).checkpointing = args.checkpointing
     if args.compile:
-        model.compile()
+        model.compile_blocks()
     size, peak = args.batch_size, matrix_peak(device, dtype or torch.float32)
     step = training_step(model, synthetic_batch(model, size), dtype)
     rows = [table_row(f"training step, stage {model.config.stage}", step, size, device, peak)]
@@ -229,29 +229,42 @@ def print_medians(jobs, rounds):
 # ----------------------------------------------------------------------------------------- launches
 
 
-class LaunchCounter(TorchDispatchMode):
-    """A context that counts the operations in it, views aside: a GPU launches a kernel for nearly
-    each, a cast included."""
+ONE_KERNEL = ("aten::_foreach", "aten::_fused", "aten::_scaled_dot_product_flash")  # on a GPU
+NO_KERNEL = {  # views, allocations, and what looks at tensors alone
+    f"aten::{name}"
+    for name in "alias as_strided view view_as reshape _reshape_alias _unsafe_view expand expand_as "
+    "permute transpose t numpy_T mT select slice narrow squeeze unsqueeze flatten unflatten chunk "
+    "split split_with_sizes unbind detach resolve_conj to _to_copy contiguous linear matmul dropout "
+    "empty empty_like empty_strided new_empty new_empty_strided resize_ item _local_scalar_dense "
+    "is_nonzero promote_types result_type _nnpack_available".split()
+}
 
-    count = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += not function.is_view and function is not torch.ops.aten._unsafe_view.default
-        return function(*args, **(kwargs or {}))
+def launches(event):
+    """Operations in an event of the profiler: a GPU launches a kernel for nearly each, a cast included.
+    A kernel that torch.compile generates, "graph_0_cpp_fused_...", is one."""
+    if event.name.startswith(ONE_KERNEL):
+        return 1
+    inside = sum(map(launches, event.cpu_children))
+    is_kernel = event.name.startswith(("aten::", "graph_")) and event.name not in NO_KERNEL
+    return inside or int(is_kernel)
 
 
-def print_launches(name):
+def print_launches(name, compiled):
     """Operations of a training step of stage 3 on a CPU. They do not depend on the widths: those
     here are small."""
+    torch._inductor.config.cpp.enable_kernel_profile = True  # names generated kernels
     model = random_model(name, vision_width=128, text_width=64, embed_dim=64, vocab_size=514)
-    for dtype in (torch.bfloat16, None):
-        step = training_step(model, synthetic_batch(model, 2), dtype)
-        step()  # the first step makes the optimiser's state
-        with LaunchCounter() as counter:
-            step()
-        print(
-            f"{name}, {dtype or torch.float32}: {counter.count:,} operations in a step of stage 3"
-        )
+    for way in ("eager", "compiled") if compiled else ("eager",):
+        if way == "compiled":
+            model.compile_blocks()
+        for dtype in (torch.bfloat16, None):
+            step = training_step(model, synthetic_batch(model, 2), dtype)
+            step()  # the first step makes the optimiser's state
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+                step()
+            count = sum(launches(event) for event in record.events() if event.cpu_parent is None)
+            print(f"{name}, {way}, {dtype or torch.float32}: {count:,} operations in a step")
 
 
 if __name__ == "__main__":
@@ -270,7 +283,7 @@ if __name__ == "__main__":
 
     args = parser.parse_args()
     if args.launches:
-        print_launches(args.model)
+        print_launches(args.model, args.compile)
     elif args.ratios:
         print_ratios()
     else:
