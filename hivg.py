@@ -485,10 +485,12 @@ class HiVG(nn.Module):
     def compile_blocks(self):
         """Let torch.compile make the blocks faster: each kind of them (image blocks with a bridge
         and without, text blocks, grounding layers) is compiled when it is first met, once for all
-        layers and lengths of text. The names of parameters stay."""
-        self.bridged_block = torch.compile(bridged_block, dynamic=True)
+        layers, and once more, for any length of text, when the second length is met. The names of
+        parameters stay."""
+        torch._dynamo.config.cache_size_limit = 64  # of kinds; by default 8, as many as two stages have
+        self.bridged_block = torch.compile(bridged_block)
         for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
-            block.compile(dynamic=True)
+            block.compile()
 
     def padding_masks(self, tokens, padding):
         """PaddingMasks of a batch. padding: [B, S, S] bool, or None.

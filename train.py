@@ -174,7 +174,6 @@ def train(model, train_set, val_set, plan, args, last=None):
         model.enter_stage(stage.number)
         model.checkpointing = args.checkpointing
         if args.compile:
-            torch.compiler.reset()  # Dynamo gives up after 8 recompilations: count anew
             model.compile_blocks()
         print(parameter_table(model))
         optimizer, scaler = make_optimizer(model)
