@@ -487,7 +487,7 @@ class HiVG(nn.Module):
         and without, text blocks, grounding layers) is compiled when it is first met, once for all
         layers, and once more, for any length of text, when the second length is met. The names of
         parameters stay."""
-        torch._dynamo.config.cache_size_limit = 64  # of kinds; by default 8, as many as two stages have
+        torch._dynamo.config.cache_size_limit = 64  # of kinds; 8 would do for two stages
         self.bridged_block = torch.compile(bridged_block)
         for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
             block.compile()
