@@ -921,21 +921,21 @@ def random_shapes(rng, count):
     at most, which is less than a quarter of any shape."""
     kinds = rng.sample(list(KINDS), 2)
     colours = rng.sample(list(COLOURS), rng.choice((2, 3)))
-    shapes = []
-    for tries in itertools.count():
-        if len(shapes) == count:
-            return shapes
-        if tries % (15 * count) == 0:  # this scene does not work out: begin again
-            shapes = []
-        size = rng.choice(("small", "big", "big"))
-        side = 2 * SIDE * rng.uniform(*SIZES[size])
-        width, height = (round(side * rng.uniform(0.92, 1.08)) for _ in "xy")
-        x, y = (rng.randint(2, 2 * SIDE - 2 - length) for length in (width, height))
-        boxes = [*(shape.box for shape in shapes), (x, y, x + width, y + height)]
-        # with its own, the overlaps of a box
-        if all(12 * sum(overlap(a, b) for b in boxes) <= 13 * overlap(a, a) for a in boxes):
-            centre = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
-            shapes.append(Shape(size, rng.choice(colours), rng.choice(kinds), boxes[-1], *centre))
+    while True:
+        shapes = []
+        for _ in range(15 * count):  # then the scene does not work out: begin again
+            size = rng.choice(("small", "big", "big"))
+            side = 2 * SIDE * rng.uniform(*SIZES[size])
+            width, height = (round(side * rng.uniform(0.92, 1.08)) for _ in "xy")
+            x, y = (rng.randint(2, 2 * SIDE - 2 - length) for length in (width, height))
+            boxes = [*(shape.box for shape in shapes), (x, y, x + width, y + height)]
+            # with its own, the overlaps of a box
+            if all(12 * sum(overlap(a, b) for b in boxes) <= 13 * overlap(a, a) for a in boxes):
+                centre = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
+                words = size, rng.choice(colours), rng.choice(kinds)
+                shapes.append(Shape(*words, boxes[-1], *centre))
+            if len(shapes) == count:
+                return shapes
 
 
 def random_description(rng, shape):
