@@ -1161,10 +1161,15 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def add_up(tensor):
+    """Add to a tensor, in place, those of the other processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
 def barrier():
     """Wait here for the other processes, on the CPU: a GPU's library would not wait for hours."""
-    if world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
+    add_up(torch.zeros(1))
 
 
 def default_workers():

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import clip_model
 import data
 import hivg
 from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, write_text
-from data import adder, barrier, default_workers, number_from, process_rank, world_size
+from data import add_up, adder, barrier, default_workers, number_from, process_rank, world_size
 from evaluate import evaluate_splits, grounding_dataset, predict, summary
 from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
 
@@ -254,8 +253,7 @@ def finite_means(losses, line):
     """{loss: its mean over steps and processes}, without steps that were skipped (float16). losses:
     what `train_step` gave for each."""
     losses = torch.stack(losses)  # [steps, losses]
-    if world_size() > 1:
-        dist.all_reduce(losses)
+    add_up(losses)
     losses = losses[check_finite(losses.sum(dim=1), line)]
     return {name: round(mean, 4) for name, mean in zip(LOSS_WEIGHTS, losses.mean(dim=0).tolist())}
 
