@@ -11,7 +11,7 @@ the drawings, and the command line.
 
 import json
 import math
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,14 +35,15 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 # ------------------------------------------------------------------------------- boxes and accuracy
 
 
-@contextmanager
-def evaluating(model):
-    """Eval mode, without gradients; afterwards the model is in the mode in which it was."""
+@torch.no_grad()
+def output_of(model, batch):
+    """The model's HiVGOutput for a batch of data.py, in eval mode, without gradients; afterwards the
+    model is in the mode in which it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        batch = model.inputs(batch)
+        return model(batch["image"], batch["tokens"], batch["padding"])
     finally:
         for module in training:
             module.training = True
@@ -78,9 +79,7 @@ def ground_texts(model, image, texts):
     square, geometry = data.preprocess(data.to_rgb(image), model.config.image_size)
     item = {"image": square, "inner": torch.tensor(geometry.inner)}
     batch = data.collate([item | {"tokens": tokens} for tokens in model.tokenize(texts)])
-    with evaluating(model):
-        batch = model.inputs(batch)
-        output = model(batch["image"], batch["tokens"], batch["padding"])
+    output = output_of(model, batch)
     boxes = map(tuple, data.box_to_pixels(output.boxes.cpu(), geometry).tolist())
     maps = output.region_map().unflatten(1, (model.grid, -1)).cpu()  # [len(texts), g, g]
     return list(map(Grounding, boxes, output.scores().tolist(), maps))
@@ -98,14 +97,12 @@ def predict(model, dataset, batch_size=64, workers=0, loader=None):
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
     rows = torch.zeros(len(dataset), 9)  # found box, true box, score
     reader = data.progress(loader(batches), "  evaluating", len(batches), leave=False)
-    with evaluating(model):
-        for indices, batch in zip(batches, reader):
-            geometry = data.Geometry(batch["crop"], batch["inner"], dataset.image_size)
-            true = data.box_to_pixels(batch["box"], geometry)
-            batch = model.inputs(batch)
-            output = model(batch["image"], batch["tokens"], batch["padding"])
-            found = data.box_to_pixels(output.boxes.cpu(), geometry)
-            rows[indices] = torch.cat([found, true, output.scores().cpu()[:, None]], dim=1)
+    for indices, batch in zip(batches, reader):
+        output = output_of(model, batch)
+        geometry = data.Geometry(batch["crop"], batch["inner"], dataset.image_size)
+        found = data.box_to_pixels(output.boxes.cpu(), geometry)
+        true = data.box_to_pixels(batch["box"], geometry)
+        rows[indices] = torch.cat([found, true, output.scores().cpu()[:, None]], dim=1)
     add_up(rows)  # a row is zero in all processes but one
     return rows[:, :4], rows[:, 4:8], rows[:, 8]
 
