@@ -450,11 +450,9 @@ class HiVG(nn.Module):
             for name, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        left, top, width, height = batch["inner"][:, :, None].unbind(dim=1)  # [B, 1] each
+        place, size = batch["inner"].split(2, dim=1)  # [B, 2] each
         pixels = torch.arange(self.config.image_size, device=device)  # [S]
-        columns = (left <= pixels) & (pixels < left + width)  # [B, S]
-        rows = (top <= pixels) & (pixels < top + height)
-        padding = ~(rows[:, :, None] & columns[:, None, :])  # [B, S, S]
+        padding = ~inside(torch.cat([place, place + size], dim=1), pixels)  # [B, S, S]
         image = (batch["image"] / 255 - self.mean) / self.std
         image = image.masked_fill(padding[:, None], 0).to(self.mean.dtype)
         return batch | {"image": image, "padding": padding}
@@ -598,10 +596,16 @@ def compute_losses(output, batch, logit_scale):
 def patch_targets(boxes, side):
     """boxes [B, 4] -> [B, side^2]: 1 where the centre of a patch lies in the box, else 0."""
     centres = (torch.arange(side, device=boxes.device) + 0.5) / side  # [side]
-    x1, y1, x2, y2 = cxcywh_to_xyxy(boxes).unbind(dim=1)  # [B] each
-    columns = (x1[:, None] <= centres) & (centres < x2[:, None])  # [B, side]
-    rows = (y1[:, None] <= centres) & (centres < y2[:, None])
-    return (rows[:, :, None] & columns[:, None, :]).flatten(1).float()
+    return inside(cxcywh_to_xyxy(boxes), centres).flatten(1).float()
+
+
+def inside(boxes, places):
+    """[B, n, n] bool, rows and columns: whether a point of a grid, with the coordinates `places` [n]
+    in both directions, lies in a box; boxes [B, 4] as x1, y1, x2, y2."""
+    x1, y1, x2, y2 = boxes[:, :, None].unbind(dim=1)  # [B, 1] each
+    columns = (x1 <= places) & (places < x2)  # [B, n]
+    rows = (y1 <= places) & (places < y2)
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def sigmoid_focal_loss(logits, targets, alpha=0.25, gamma=2.0):

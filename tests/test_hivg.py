@@ -164,7 +164,7 @@ def copied(module, names, **known):
 
 OVERLAP = ("box_area", "box_areas", "box_iou", "generalized_box_iou")
 LOSSES = ("cxcywh_to_xyxy", "patch_targets", "sigmoid_focal_loss", "dice_loss", "contrastive_loss")
-LOSSES += ("symmetric_cross_entropy",)
+LOSSES += ("symmetric_cross_entropy", "inside")
 
 
 def test_copied_parts_need_nothing_else(model):
