@@ -562,10 +562,10 @@ def read_pickle(file):
         with zipfile.ZipFile(file) as archive:
             (name,) = fnmatch.filter(archive.namelist(), "*/data.pkl")
             file = io.BytesIO(archive.read(name))
-    contents = (PlainUnpickler(file, encoding="latin-1").load() for _ in itertools.count())
-    content = next(contents)
+    content = PlainUnpickler(file, encoding="latin-1").load()
     if content == torch.serialization.MAGIC_NUMBER:  # torch's older format
-        _version, _machine, content = itertools.islice(contents, 3)
+        for _ in ("version", "machine", "content"):
+            content = PlainUnpickler(file, encoding="latin-1").load()
     return content
 
 
