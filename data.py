@@ -1120,15 +1120,16 @@ def setup_device(name=None):
     distributed = "LOCAL_RANK" in os.environ
     started = [os.environ[name] for name in PROCESS_COUNTS if os.environ.get(name, "") > "1"]
     shells = ("bash", "sh", "interactive")  # what is typed there runs once
-    if started and not distributed and os.environ.get("SLURM_JOB_NAME") not in shells:
+    if distributed:
+        if ":" in name:
+            raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
+        if name == "cuda":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif started and os.environ.get("SLURM_JOB_NAME") not in shells:
         raise HiVGError(
             f"{started[0]} processes were started that do not know of one another: start one "
             "torchrun on each machine, and let it start them."
         )
-    if distributed and ":" in name:
-        raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
-    if distributed and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     with user_error(f"There is no device {name} here", "name another, or start fewer processes"):
         device = torch.empty(0, device=name).device
     if device.type == "cuda":
