@@ -1189,8 +1189,8 @@ def progress(*args, **options):
     """A tqdm bar; where stderr is no terminal, a line a minute at most. Of several processes the
     first alone has one."""
     seconds = 0.1 if sys.stderr.isatty() else 60
-    options["disable"] = os.environ.get("RANK", "0") != "0"
-    return tqdm(*args, mininterval=seconds, delay=seconds, **options)
+    quiet = process_rank() > 0
+    return tqdm(*args, mininterval=seconds, delay=seconds, disable=quiet, **options)
 
 
 def adder(parser):
