@@ -149,19 +149,18 @@ def train_step(model, batches, seeds, optimizer, scaler, args, dtype=None):
     return mean_losses
 
 
-def train(model, train_set, val_set, plan, args, last=None):
+def train(model, train_set, val_set, plan, args, last):
     """The loops over stages, epochs and steps. Writes best.pt, last.pt and log.jsonl into
     args.output. Returns the model of the best epoch of the last stage.
 
-    last: what last.pt holds of a run to be resumed, besides the model. A resumed run ends as one
-    that nobody stopped, since all that is random follows from (seed, stage, epoch, batch), and all
-    else is in last.pt (bit for bit on a CPU).
+    last: what last.pt holds of a run to be resumed, besides the model; {} for a new run. A resumed
+    run ends as one that nobody stopped, since all that is random follows from (seed, stage, epoch,
+    batch), and all else is in last.pt (bit for bit on a CPU).
     """
     output, device = Path(args.output), model.mean.device
-    dtype, log = autocast_dtype(device), last["log"] if last else []
+    dtype, log = autocast_dtype(device), last.get("log", [])
     bar = data.progress(  # of all steps of the run: it shows when the run ends
-        total=sum(stage.epochs * stage.steps for stage in plan),
-        initial=last["steps"] if last else 0,
+        total=sum(stage.epochs * stage.steps for stage in plan), initial=last.get("steps", 0)
     )
     train_loader, val_loader = (data.BatchLoader(s, args.workers) for s in (train_set, val_set))
     for stage in plan:
@@ -418,7 +417,7 @@ def run(args):
     device, name = data.setup_device(args.device), args.dataset[0]
     output = Path(os.path.normpath(args.output))
     is_shapes = name in data.TRAIN_SCENES
-    last_path, last = output / "last.pt", None
+    last_path, last = output / "last.pt", {}
     if (output / "best.pt").exists() and not args.resume:
         raise HiVGError(f"{output}/best.pt is there already: give --resume, or another --output.")
     if args.batches < world_size():
