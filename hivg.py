@@ -367,28 +367,21 @@ class HiVG(nn.Module):
         images [B, 3, S, S] -> the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v],
         and that of the last layer, [B, 1 + N, d_v].
         """
-        contexts = self.bridge_contexts(text)
+        mixed = self.config.bridge_text == "projected"  # then all bridges have the same t
+        same_t = self.mixture_proj(text.projected) if mixed else None
         x = self.clip.visual.embed(images)  # [B, 1 + N, d_v]
         visual_levels = []
         for number, block in enumerate(self.visual_blocks, start=1):
-            t = contexts.get(number)
-            bridge = None if t is None else self.bridges[str(number)]
+            bridge = t = None
+            if self.config.stage >= 0 and number in self.config.bridge_layers:
+                bridge = self.bridges[str(number)]
+                t = same_t if mixed else bridge.text_context(text.hidden)  # [B, T, d_v]
             x = self.maybe_checkpoint(
                 self.bridged_block, x, block, bridge, t, masks.text_for_bridge
             )
             if number in self.config.visual_layers:
                 visual_levels.append(x)
         return torch.cat(visual_levels, dim=-1), x
-
-    def bridge_contexts(self, text):
-        """{layer of C: the t [B, T, d_v] of its bridge}; none in a warm-up without bridges."""
-        if self.config.stage < 0:
-            return {}
-        if self.config.bridge_text == "projected":
-            return dict.fromkeys(self.config.bridge_layers, self.mixture_proj(text.projected))
-        return {
-            int(layer): bridge.text_context(text.hidden) for layer, bridge in self.bridges.items()
-        }
 
     def grounding_encoder(self, visual_levels, text, masks):
         """The grounding encoder over [REG], [CLS], patches and text tokens.
