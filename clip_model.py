@@ -693,7 +693,7 @@ def atomic_write(path):
         "free some room or name another place",
         (OSError, RuntimeError),  # torch.save raises RuntimeError if the disk is full
     ):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         try:
             yield temporary
             os.replace(temporary, path)
@@ -752,7 +752,7 @@ def download_to_cache(url, sha256):
             with user_error(
                 f"{path} is missing and {url} cannot be fetched", "put it there by hand"
             ):
-                folder.mkdir(parents=True, exist_ok=True)
+                os.makedirs(folder, exist_ok=True)
                 # under a name of its own, which is renamed if the sha256 is right
                 torch.hub.download_url_to_file(url, path, sha256, progress=sys.stderr.isatty())
         finally:

@@ -1057,7 +1057,7 @@ def make_shapes(data_root, name="shapes"):
     if folder.exists():
         return folder
     with user_error(f"{folder} cannot be written", "name another --data-root", (OSError,)):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder.parent, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
             generate_shapes(Path(unfinished, name), SCENES | {"train": TRAIN_SCENES[name]})
             if not folder.exists():  # else another process was faster
@@ -1302,7 +1302,7 @@ def download_dataset(name, data_root):
 def download_and_unpack(url, folder):
     """Download a zip archive and move its files into a folder, flattened. A file is whole when it
     gets there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder.parent, exist_ok=True)
     archive = folder.with_name(url.rsplit("/", 1)[1])
     if not archive.exists():  # it is there if an earlier run was stopped while it unpacked
         download(url, archive)
