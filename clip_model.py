@@ -577,12 +577,13 @@ class PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings, lists, tuples and dicts; refuses classes and functions, so that no
     code is run, but for those that `admitted` has another one for."""
 
-    admitted = {}  # (module, name): what stands in for it
+    admitted = {}  # "module.name": what stands in for it
 
     def find_class(self, module, name):
-        if (module, name) in self.admitted:
-            return self.admitted[module, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not plain data")
+        full_name = f"{module}.{name}"
+        if full_name in self.admitted:
+            return self.admitted[full_name]
+        raise pickle.UnpicklingError(f"it asks for {full_name}, which is not plain data")
 
 
 class ScriptModule:
@@ -597,12 +598,12 @@ class ArchiveUnpickler(PlainUnpickler):
     """Reads data.pkl of a TorchScript archive: tensors, and modules as ScriptModules."""
 
     admitted = {
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("collections", "OrderedDict"): OrderedDict,
-        ("torch", "HalfStorage"): torch.float16,
-        ("torch", "FloatStorage"): torch.float32,
-        ("torch", "LongStorage"): torch.int64,
-        ("torch", "IntStorage"): torch.int32,
+        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+        "collections.OrderedDict": OrderedDict,
+        "torch.HalfStorage": torch.float16,
+        "torch.FloatStorage": torch.float32,
+        "torch.LongStorage": torch.int64,
+        "torch.IntStorage": torch.int32,
     }
 
     def find_class(self, module, name):
