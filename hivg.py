@@ -254,24 +254,6 @@ class HiVGOutput:
 torch.export.register_dataclass(HiVGOutput)  # so that the model can be exported
 
 
-@dataclass
-class TextFeatures:
-    """What the model takes from CLIP's text tower."""
-
-    hidden: list  # the f^i of the layers in text_layers, [B, T, d_t] each
-    projected: torch.Tensor  # all tokens in CLIP's joint space, [B, T, D]
-    end: torch.Tensor  # [B], the position of the end token
-
-
-@dataclass
-class PaddingMasks:
-    """bool, True = padding. The first two differ in the authors' checkpoints alone."""
-
-    text: torch.Tensor  # [B, T], for the grounding encoder
-    text_for_bridge: torch.Tensor  # [B, T]
-    patch: torch.Tensor  # [B, N]
-
-
 class HiVG(nn.Module):
     """The whole model, built around a copy of `clip`, in stage config.stage.
 
@@ -338,63 +320,62 @@ class HiVG(nn.Module):
         """
         if self.config.authors_masks:  # their bridges attend to all 77 positions
             tokens = F.pad(tokens, (0, self.clip.config.context_length - tokens.shape[1]))
-        masks = self.padding_masks(tokens, padding)
-        text = self.text_features(tokens)
+        text_padding, bridge_padding, patch_padding = self.padding_masks(tokens, padding)
+        features, projected = self.text_features(tokens)
         # levels: the layers of V, [B, 1 + N, |V| d_v]; x: the last layer, [B, 1 + N, d_v]
-        visual_levels, x = self.image_features(images, text, masks)
-        z = self.grounding_encoder(visual_levels, text, masks)  # [B, K, D]
+        visual_levels, x = self.image_features(images, features, projected, bridge_padding)
+        z_padding = torch.cat([patch_padding, text_padding], dim=1)  # [B, N + T]
+        z = self.grounding_encoder(visual_levels, projected, z_padding)  # [B, K, D]
+        end = end_of_text(tokens)
         return HiVGOutput(
             boxes=self.box_head(z[:, 0]).float().sigmoid(),  # from [REG]
-            region_logits=self.region_logits(z, text.end),
-            patch_padding=masks.patch,
+            region_logits=self.region_logits(z, end),
+            patch_padding=patch_padding,
             image_vectors=F.normalize(self.clip.visual.project(x).float(), dim=-1),
-            text_vectors=F.normalize(at(text.projected, text.end).float(), dim=-1),
+            text_vectors=F.normalize(at(projected, end).float(), dim=-1),
         )
 
     @torch.no_grad()  # the text tower is frozen and does not see the image
     def text_features(self, tokens):
-        """tokens [B, T] -> TextFeatures."""
+        """tokens [B, T] -> the f^i of the layers in text_layers, a list of [B, T, d_t], and all
+        tokens in CLIP's joint space, [B, T, D]."""
         states = self.clip.text_hidden_states(tokens)  # f^1, f^2, ...
-        return TextFeatures(
-            hidden=[states[layer - 1] for layer in self.config.text_layers],
-            projected=self.clip.project_text(states[-1]),
-            end=end_of_text(tokens),
-        )
+        features = [states[layer - 1] for layer in self.config.text_layers]
+        return features, self.clip.project_text(states[-1])
 
-    def image_features(self, images, text, masks):
+    def image_features(self, images, features, projected, text_padding):
         """CLIP's image tower with LoRA inside its self-attention and bridges to the text.
 
-        images [B, 3, S, S] -> the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v],
-        and that of the last layer, [B, 1 + N, d_v].
+        images [B, 3, S, S]; features, projected: as from `text_features`; text_padding [B, T] ->
+        the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v], and that of the last
+        layer, [B, 1 + N, d_v].
         """
         mixed = self.config.bridge_text == "projected"  # then all bridges have the same t
-        same_t = self.mixture_proj(text.projected) if mixed else None
+        same_t = self.mixture_proj(projected) if mixed else None
         x = self.clip.visual.embed(images)  # [B, 1 + N, d_v]
         visual_levels = []
         for number, block in enumerate(self.visual_blocks, start=1):
             bridge = t = None
             if self.config.stage >= 0 and number in self.config.bridge_layers:
                 bridge = self.bridges[str(number)]
-                t = same_t if mixed else bridge.text_context(text.hidden)  # [B, T, d_v]
-            x = self.maybe_checkpoint(
-                self.bridged_block, x, block, bridge, t, masks.text_for_bridge
-            )
+                t = same_t if mixed else bridge.text_context(features)  # [B, T, d_v]
+            x = self.maybe_checkpoint(self.bridged_block, x, block, bridge, t, text_padding)
             if number in self.config.visual_layers:
                 visual_levels.append(x)
         return torch.cat(visual_levels, dim=-1), x
 
-    def grounding_encoder(self, visual_levels, text, masks):
+    def grounding_encoder(self, visual_levels, projected, padding):
         """The grounding encoder over [REG], [CLS], patches and text tokens.
 
-        visual_levels [B, 1 + N, |V| d_v] -> [B, K, D].
+        visual_levels [B, 1 + N, |V| d_v], projected [B, T, D], padding [B, N + T] -> [B, K, D].
         """
         visual = self.visual_proj(visual_levels)  # [B, 1 + N, D]
         reg = self.reg_token.expand(visual.shape[0], 1, -1)  # [B, 1, D]
         # cat takes the widest dtype, that of reg: z, the residual stream, is float32 under autocast
-        z = torch.cat([reg, visual, self.text_proj(text.projected)], dim=1)  # [B, K, D]
+        z = torch.cat([reg, visual, self.text_proj(projected)], dim=1)  # [B, K, D]
         positions = self.grounding_positions[: z.shape[1]]
-        never = masks.patch.new_zeros(z.shape[0], 2)  # [REG] and [CLS] are no padding
-        padding = torch.cat([never, masks.patch, masks.text], dim=1)  # [B, K]
+        never = padding.new_zeros(padding.shape[0], 2)  # [REG] and [CLS] are no padding
+        padding = torch.cat([never, padding], dim=1)  # [B, K]
         for layer in self.grounding_layers:
             z = self.maybe_checkpoint(layer, z, positions, padding)
         return self.grounding_norm(z)
@@ -484,7 +465,9 @@ class HiVG(nn.Module):
             block.compile()
 
     def padding_masks(self, tokens, padding):
-        """PaddingMasks of a batch. padding: [B, S, S] bool, or None.
+        """Three masks: of text tokens for the grounding encoder, [B, T] bool, of text tokens for the
+        bridges (it differs in the authors' checkpoints alone), and of patches, [B, N]. padding:
+        [B, S, S] bool, or None.
 
         Text padding is what comes after the end token (D1). A patch is padding if all of it is
         (D14).
@@ -497,7 +480,7 @@ class HiVG(nn.Module):
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         text = positions > end_of_text(tokens)[:, None]  # [B, T]
         patch = padding.view(-1, g, S // g, g, S // g).all(dim=(2, 4)).flatten(1)  # [B, N]
-        return PaddingMasks(text, text, patch)
+        return text, text, patch
 
 
 def sincos_grid(side, width):
@@ -782,13 +765,10 @@ def convert_authors(weights, args):
 
 
 def authors_masks(tokens, padding, grid):
-    """The PaddingMasks that (R) trained with: in the grounding encoder every id 0 is padding, which
-    hides "!" as well; bridges attend to all 77 positions, padding included (D3); the image's mask
-    [B, S, S] is resized to the patches and rounded."""
+    """The `padding_masks` that (R) trained with: in the grounding encoder every id 0 is padding,
+    which hides "!" as well; bridges attend to all 77 positions, padding included (D3); the image's
+    mask [B, S, S] is resized to the patches and rounded."""
     shares = padding[:, None].float()  # [B, 1, S, S]
     shares = F.interpolate(shares, (grid, grid), mode="bilinear", antialias=True)
-    return PaddingMasks(
-        text=tokens == 0,
-        text_for_bridge=torch.zeros_like(tokens, dtype=torch.bool),
-        patch=shares.round().bool().flatten(1),
-    )
+    never = torch.zeros_like(tokens, dtype=torch.bool)
+    return tokens == 0, never, shares.round().bool().flatten(1)
