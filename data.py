@@ -1095,13 +1095,11 @@ def train_bpe(words):
     one symbol, again and again, until every word is one. Returns the lines of a merges file."""
     merges = []
     words = [[*word[:-1], word[-1] + "</w>"] for word in words]  # ["r", "e", "d</w>"]
-    while True:
-        pairs = Counter(pair for word in words for pair in zip(word, word[1:]))
-        if not pairs:
-            return merges
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:])):
         best = max(sorted(pairs), key=pairs.get)
         merges.append(" ".join(best))
         words = [merge_pair(word, best) for word in words]
+    return merges
 
 
 # ------------------------------------------------------ device, processes, progress and command line
