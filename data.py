@@ -609,8 +609,8 @@ def read_annotations(name, data_root):
         number = 1
         try:
             for split, file, *rest in FAMILIES[family](path):
-                if (split or only_split) in splits:
-                    content = splits[split or only_split]
+                content = splits.get(split or only_split)
+                if content:
                     add_samples(content, *find_image(file), *rest, own="own" in info.files)
                 number += 1
         except ENTRY_ERRORS as error:

@@ -438,8 +438,7 @@ class HiVG(nn.Module):
 
     def tokenize(self, texts):
         """A str or a list of str -> LongTensor [M, 77], with the model's own vocabulary."""
-        if self.tokenizer is None:
-            self.tokenizer = clip_tokenizer()
+        self.tokenizer = self.tokenizer or clip_tokenizer()
         return self.tokenizer(texts, self.clip.config.context_length)
 
     @property

@@ -204,8 +204,11 @@ def train(model, train_set, val_set, plan, args, last):
             check_finite(torch.cat([found.sum(dim=1), scores]), line)
             line |= summary(val_set, found, true)
             bar.clear()
-            where = f"stage {stage.number}, epoch {epoch}: {val_set.split}"
-            print(f"{where} Acc@0.5 {line['acc']:.2f} %, mean IoU {line['miou']:.2f} %", flush=True)
+            print(
+                f"stage {stage.number}, epoch {epoch}: {val_set.split} "
+                f"Acc@0.5 {line['acc']:.2f} %, mean IoU {line['miou']:.2f} %",
+                flush=True,
+            )
             is_best = all(line["acc"] >= old["acc"] for old in past)  # of equals: the later
             past.append(line)
             log.append(line)
@@ -261,9 +264,9 @@ def check_finite(values, line):
     """Which of the values [n] are finite. Raises HiVGError if most of them are not."""
     finite = values.isfinite()
     if finite.float().mean() < 0.5:
-        what = f"Losses or boxes are not finite in stage {line['stage']}, epoch {line['epoch']}"
         raise HiVGError(
-            f"{what}; last.pt is of the epoch before: try a lower --lr and a new --output."
+            f"Losses or boxes are not finite in stage {line['stage']}, epoch {line['epoch']}; "
+            "last.pt is of the epoch before: try a lower --lr and a new --output."
         )
     return finite
 
