@@ -58,7 +58,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from PIL import ExifTags, ImageDraw, PngImagePlugin
-from PIL.Image import Transpose
 from tqdm import tqdm
 
 import clip_model
@@ -742,13 +741,13 @@ def open_split(annotations, split, **options):
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS, a program
 TURNS = {  # EXIF orientation -> what makes the image upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
+    2: Image.FLIP_LEFT_RIGHT,
+    3: Image.ROTATE_180,
+    4: Image.FLIP_TOP_BOTTOM,
+    5: Image.TRANSPOSE,
+    6: Image.ROTATE_270,
+    7: Image.TRANSVERSE,
+    8: Image.ROTATE_90,
 }
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of text in a PNG
 warnings.filterwarnings("ignore", module="PIL")  # on oddities of files that it can read
