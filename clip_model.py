@@ -463,9 +463,7 @@ def infer_config(state):
 def check_family(folder, config):
     """Raise ValueError if a config.json (Hugging Face) or open_clip_config.json in the folder of a
     CLIP describes another network than `CLIP`."""
-    for path in (folder / "config.json", folder / "open_clip_config.json"):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (folder / "config.json", folder / "open_clip_config.json")):
         described = json.loads(path.read_text(encoding="utf-8"))
         described = described.get("model_cfg", described)
         if path.name == "open_clip_config.json" and not described.get("quick_gelu"):

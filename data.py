@@ -137,10 +137,15 @@ def to_square(image, geometry):
     return torch.from_numpy(square).permute(2, 0, 1).contiguous()
 
 
+def whole(image, side):
+    """The Geometry of a whole PIL image in the middle of the square."""
+    return letterbox((0, 0, *image.size), side)
+
+
 def preprocess(image, image_size):
     """An RGB PIL image as evaluation sees it: uint8 [3, S, S], 0 in the padding; and its
     Geometry."""
-    geometry = letterbox((0, 0, *image.size), image_size)
+    geometry = whole(image, image_size)
     return to_square(image, geometry), geometry
 
 
@@ -930,9 +935,8 @@ def random_shapes(rng, count):
             boxes = [*(shape.box for shape in shapes), (x, y, x + width, y + height)]
             # with its own, the overlaps of a box
             if all(12 * sum(overlap(a, b) for b in boxes) <= 13 * overlap(a, a) for a in boxes):
-                centre = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
-                words = size, rng.choice(colours), rng.choice(kinds)
-                shapes.append(Shape(*words, boxes[-1], *centre))
+                xy = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
+                shapes.append(Shape(size, rng.choice(colours), rng.choice(kinds), boxes[-1], *xy))
             if len(shapes) == count:
                 return shapes
 
@@ -1186,8 +1190,7 @@ def progress(*args, **options):
     """A tqdm bar; where stderr is no terminal, a line a minute at most. Of several processes the
     first alone has one."""
     seconds = 0.1 if sys.stderr.isatty() else 60
-    quiet = process_rank() > 0
-    return tqdm(*args, mininterval=seconds, delay=seconds, disable=quiet, **options)
+    return tqdm(*args, mininterval=seconds, delay=seconds, disable=process_rank() > 0, **options)
 
 
 def adder(parser):

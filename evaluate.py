@@ -329,7 +329,7 @@ def image_grid(panels, columns, side=240):
     draw = ImageDraw.Draw(grid)
     for place, (image, caption) in enumerate(panels):
         x, y = 4 + place % columns * width, 4 + place // columns * height
-        left, top, *size = data.letterbox((0, 0, *image.size), side).inner
+        left, top, *size = data.whole(image, side).inner
         grid.paste(image.resize(size), (x + left, y + top))
         font, caption = font_for(caption, 14), textwrap.fill(caption, side // 7, max_lines=2)
         draw.text((x, y + side + 2), caption, "black", font)
@@ -355,7 +355,7 @@ NO_ATTENTION, HALF, FULL_ATTENTION = "navy", "crimson", "gold"
 def attention_overlay(image, weights, side, brightest=None):
     """A PIL image, grey, under the colours of a map: weights [g, g] over its padded square of `side`
     pixels. brightest: the weight with the brightest colour, None for the largest there is."""
-    left, top, width, height = data.letterbox((0, 0, *image.size), side).inner
+    left, top, width, height = data.whole(image, side).inner
     patch = side // len(weights)
     heat = np.kron(weights, np.ones((patch, patch)))[top : top + height, left : left + width]
     heat = Image.fromarray((255 * heat / (brightest or heat.max())).astype(np.uint8))
