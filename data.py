@@ -61,15 +61,7 @@ from PIL import ExifTags, ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
 import clip_model
-from clip_model import (
-    READING_ERRORS,
-    HiVGError,
-    PlainUnpickler,
-    clean_text,
-    merge_pair,
-    split_words,
-    user_error,
-)
+from clip_model import HiVGError, PlainUnpickler, clean_text, merge_pair, split_words, user_error
 
 # ----------------------------------------------------------------------- the image and its square
 
@@ -756,7 +748,6 @@ TURNS = {  # EXIF orientation -> what makes the image upright
 }
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**28  # of text in a PNG
 warnings.filterwarnings("ignore", module="PIL")  # on oddities of files that it can read
-IMAGE_ERRORS = (*READING_ERRORS, SyntaxError, Image.DecompressionBombError)
 
 
 def load_image(path, upright=True):
@@ -771,7 +762,7 @@ def load_image(path, upright=True):
 
 def reading(path):
     """The context in which an image file is read: its errors become HiVGErrors."""
-    return user_error(f"{path} cannot be read as an image", "replace it", IMAGE_ERRORS)
+    return user_error(f"{path} cannot be read as an image", "replace it")
 
 
 def open_image(path, upright):
@@ -785,7 +776,7 @@ def open_image(path, upright):
         # read well
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-        except IMAGE_ERRORS:  # EXIF that is garbage turns nothing
+        except Exception:  # EXIF that is garbage turns nothing
             return image
         return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 

@@ -25,7 +25,6 @@ import lora
 from clip_model import (
     CLIP,
     MEAN,
-    READING_ERRORS,
     STATE_ERRORS,
     STD,
     HiVGError,
@@ -660,7 +659,7 @@ def read_checkpoint(path):
     """
     what = f"{path} is not an HiVG checkpoint"
     hint = "name a best.pt or last.pt of this version's train.py, or a file of HiVG's authors"
-    with user_error(what, hint, (*READING_ERRORS, HiVGError)):
+    with user_error(what, hint):
         content = read_weights(path, safe_classes=[argparse.Namespace])
         state = content.pop("model")
         check_weights(state)
