@@ -109,6 +109,11 @@ class Transformer(nn.Module):
         self.resblocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
 
 
+def noise(std, *sizes):
+    """A Parameter of normal noise."""
+    return nn.Parameter(torch.randn(sizes) * std)
+
+
 class VisionTransformer(nn.Module):
     """CLIP's image tower: patches, [CLS], positions, pre-norm blocks, projection of [CLS]."""
 
@@ -117,12 +122,12 @@ class VisionTransformer(nn.Module):
         width, patch = config.vision_width, config.patch_size
         tokens = 1 + (config.image_size // patch) ** 2
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(width) * width**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(tokens, width) * width**-0.5)
+        self.class_embedding = noise(width**-0.5, width)
+        self.positional_embedding = noise(width**-0.5, tokens, width)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5)
+        self.proj = noise(width**-0.5, width, config.embed_dim)
 
     def embed(self, images):
         """images [B, 3, S, S] -> tokens before the first block [B, 1 + N, d], [CLS] first."""
@@ -167,9 +172,9 @@ class CLIP(nn.Module):
         width = config.text_width
         self.transformer = Transformer(width, config.text_layers)
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.positional_embedding = noise(0.01, config.context_length, width)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.randn(width, config.embed_dim) * width**-0.5)
+        self.text_projection = noise(width**-0.5, width, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def text_hidden_states(self, tokens):

@@ -39,6 +39,7 @@ from clip_model import (
     hugging_face_to_openai,
     infer_config,
     merge_authors_lora,
+    noise,
     read_weights,
     rename_keys,
     user_error,
@@ -289,8 +290,8 @@ class HiVG(nn.Module):
 
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
         self.text_proj = nn.Linear(D, D)
-        self.reg_token = nn.Parameter(torch.randn(D) * 0.02)
-        self.grounding_positions = nn.Parameter(torch.randn(2 + N + sizes.context_length, D) * 0.02)
+        self.reg_token = noise(0.02, D)
+        self.grounding_positions = noise(0.02, 2 + N + sizes.context_length, D)
         self.grounding_positions.data[2 : 2 + N] += sincos_grid(self.grid, D)  # (D11)
         self.grounding_layers = nn.ModuleList(
             GroundingLayer(D, config.heads, config.feedforward, config.dropout)
