@@ -23,6 +23,7 @@ from torch import nn
 
 # isort: split
 # imports of the sections below the towers: tokenizer, weights, file formats, errors, cache
+import argparse
 import functools
 import gzip
 import html
@@ -549,10 +550,11 @@ def rename_keys(state, patterns):
 # ------------------------------------------------------------------------------------- file formats
 
 
-def read_weights(path, safe_classes=()):
+def read_weights(path):
     """The content of a file of weights: a TorchScript archive's state dict, that of a .safetensors
-    file, or what torch.load reads. No code in the file is run; of classes only `safe_classes` are
-    admitted. A damaged file may raise any Exception: call it within `user_error`."""
+    file, or what torch.load reads. No code in the file is run; of classes only Namespace is
+    admitted, in which programs keep their flags. A damaged file may raise any Exception: call it
+    within `user_error`."""
     if str(path).endswith(".safetensors"):
         return read_safetensors(path)
     if zipfile.is_zipfile(path):
@@ -561,7 +563,7 @@ def read_weights(path, safe_classes=()):
                 if name.endswith("/constants.pkl"):
                     return read_torchscript(archive, name.removesuffix("constants.pkl"))
     try:
-        with torch.serialization.safe_globals(list(safe_classes)):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's message suggests weights_only=False, which runs code
         raise ValueError("it is damaged, or holds more than tensors and plain data") from None

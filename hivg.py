@@ -45,10 +45,6 @@ from clip_model import (
     user_error,
 )
 
-# isort: split
-# imports of the sections on checkpoints
-import argparse
-
 
 @dataclass
 class HiVGConfig:
@@ -661,7 +657,7 @@ def read_checkpoint(path):
     what = f"{path} is not an HiVG checkpoint"
     hint = "name a best.pt or last.pt of this version's train.py, or a file of HiVG's authors"
     with user_error(what, hint):
-        content = read_weights(path, safe_classes=[argparse.Namespace])
+        content = read_weights(path)
         state = content.pop("model")
         check_weights(state)
         of_authors = "vl_pos_embed.weight" in state
