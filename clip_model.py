@@ -121,14 +121,14 @@ class VisionTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, patch = config.vision_width, config.patch_size
-        tokens = 1 + (config.image_size // patch) ** 2
+        tokens, scale = 1 + (config.image_size // patch) ** 2, width**-0.5
         self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
-        self.class_embedding = noise(width**-0.5, width)
-        self.positional_embedding = noise(width**-0.5, tokens, width)
+        self.class_embedding = noise(scale, width)
+        self.positional_embedding = noise(scale, tokens, width)
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, config.vision_layers)
         self.ln_post = nn.LayerNorm(width)
-        self.proj = noise(width**-0.5, width, config.embed_dim)
+        self.proj = noise(scale, width, config.embed_dim)
 
     def embed(self, images):
         """images [B, 3, S, S] -> tokens before the first block [B, 1 + N, d], [CLS] first."""
@@ -307,12 +307,12 @@ class Tokenizer:
         """The ids of a text without start and end token. Only 10,000 characters are read."""
         return [number for word in split_words(text) for number in self.encode_word(word)]
 
-    def unread_words(self, text, context_length=77):
-        """The words of a text that do not fit between start and end token any more."""
+    def unread_words(self, text):
+        """The words of a text that do not fit into 77 tokens, start and end among them, any more."""
         words, tokens = split_words(text), 2
         for number, word in enumerate(words):
             tokens += len(self.encode_word(word))
-            if tokens > context_length:
+            if tokens > 77:
                 return words[number:]
         return []
 

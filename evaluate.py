@@ -295,10 +295,10 @@ def font_for(text, size):
 FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc")
 
 
-def draw_groundings(image, groundings, texts, side=480):
+def draw_groundings(image, groundings, texts):
     """A drawing of what `ground_texts` gives for a PIL image: boxes, each in a colour of its own,
-    with text and score. An image of fewer than `side` pixels is enlarged."""
-    scale = math.ceil(side / max(image.size))
+    with text and score. An image of fewer than 480 pixels a side is enlarged."""
+    scale = math.ceil(480 / max(image.size))
     drawing = ImageOps.scale(image, scale)
     for number, (grounding, text) in enumerate(zip(groundings, texts), start=1):
         label = textwrap.shorten(text, 60)
