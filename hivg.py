@@ -480,8 +480,8 @@ class HiVG(nn.Module):
 
 def sincos_grid(side, width):
     """Sines and cosines of row and column, the start of the positions of side x side patches:
-    [side^2, width]. From one side of the image to the other they run through 2 waves at most."""
-    frequencies = 10 ** (-torch.arange(width // 4) / (width / 4)) * 4 * math.pi  # [width / 4]
+    [side^2, width]."""
+    frequencies = 10 ** (-torch.arange(width // 4) / (width / 4)) * math.pi  # [width / 4]
     angles = torch.linspace(0, 1, side)[:, None] * frequencies  # [side, width / 4]
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, width / 2]
     # row by row, and column by column: [side^2, width - width % 4]
