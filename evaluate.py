@@ -12,6 +12,7 @@ the drawings, and the command line.
 import json
 import math
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -198,7 +199,8 @@ def evaluate_splits(model, name, contents, output, splits=None, **options):
 def grounding_dataset(model, annotations, split, **options):
     """The GroundingDataset of a split for this model: see data.open_split."""
     model.tokenize("")  # reads CLIP's vocabulary, if the model has none of its own
-    options |= {"image_size": model.config.image_size, "tokenizer": model.tokenizer}
+    tokenizer = partial(model.tokenizer, context_length=model.clip.config.context_length)
+    options |= {"image_size": model.config.image_size, "tokenizer": tokenizer}
     return data.open_split(annotations, split, **options)
 
 

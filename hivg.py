@@ -318,7 +318,7 @@ class HiVG(nn.Module):
             tokens = F.pad(tokens, (0, self.clip.config.context_length - tokens.shape[1]))
         text_padding, bridge_padding, patch_padding = self.padding_masks(tokens, padding)
         features, projected = self.text_features(tokens)
-        # levels: the layers of V, [B, 1 + N, |V| d_v]; x: the last layer, [B, 1 + N, d_v]
+        # the layers of V, [B, 1 + N, |V| d_v]; the last layer, [B, 1 + N, d_v]
         visual_levels, x = self.image_features(images, features, projected, bridge_padding)
         z_padding = torch.cat([patch_padding, text_padding], dim=1)  # [B, N + T]
         z = self.grounding_encoder(visual_levels, projected, z_padding)  # [B, K, D]
@@ -339,10 +339,10 @@ class HiVG(nn.Module):
         features = [states[layer - 1] for layer in self.config.text_layers]
         return features, self.clip.project_text(states[-1])
 
-    def image_features(self, images, features, projected, text_padding):
+    def image_features(self, images, features, projected, bridge_padding):
         """CLIP's image tower with LoRA inside its self-attention and bridges to the text.
 
-        images [B, 3, S, S]; features, projected: as from `text_features`; text_padding [B, T] ->
+        images [B, 3, S, S]; features, projected: as from `text_features`; bridge_padding [B, T] ->
         the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v], and that of the last
         layer, [B, 1 + N, d_v].
         """
@@ -355,7 +355,7 @@ class HiVG(nn.Module):
             if self.config.stage >= 0 and number in self.config.bridge_layers:
                 bridge = self.bridges[str(number)]
                 t = same_t if mixed else bridge.text_context(features)  # [B, T, d_v]
-            x = self.maybe_checkpoint(self.bridged_block, x, block, bridge, t, text_padding)
+            x = self.maybe_checkpoint(self.bridged_block, x, block, bridge, t, bridge_padding)
             if number in self.config.visual_layers:
                 visual_levels.append(x)
         return torch.cat(visual_levels, dim=-1), x
@@ -450,11 +450,15 @@ class HiVG(nn.Module):
         return layer(*inputs)
 
     def compile_blocks(self):
-        """Let torch.compile make the blocks faster: each kind of them (image blocks with a bridge
-        and without, text blocks, grounding layers) is compiled when it is first met, once for all
-        layers, and once more, for any length of text, when the second length is met. The names of
-        parameters stay."""
-        torch._dynamo.config.cache_size_limit = 64  # of kinds; 8 would do for two stages
+        """Let torch.compile make the blocks of this stage faster: each kind of them is compiled when
+        it is first met, once for all layers, and once more, for any length of text, when the second
+        length is met. Kinds are text blocks, grounding layers, and image blocks with a bridge or
+        none, with pairs of this stage or none; the first image block, whose input needs no
+        gradient, is one by itself. The names of parameters stay."""
+        torch._dynamo.config.cache_size_limit = 64  # kinds of a function, over all stages; else 8
+        for linear in lora.lora_modules(self).values():
+            if linear.folded is None:  # a LoRALinear without older pairs is no kind of its own
+                linear.folded = linear.weight.detach()
         self.bridged_block = torch.compile(bridged_block)
         for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
             block.compile()

@@ -39,8 +39,8 @@ class LoRALinear(nn.Module):
 
     The newest pair in use runs as a branch of its own, with dropout on its input. The older, frozen
     pairs are added into `folded`, a copy of W_0 that the state dict does not contain: they cost no
-    time, but the memory of another W_0 (where there are none, `folded` is W_0 itself). `merge_lora`
-    adds the newest pair as well. Loading a state dict folds anew.
+    time, but the memory of another W_0. `merge_lora` adds the newest pair as well. Loading a state
+    dict folds anew.
     """
 
     def __init__(self, linear, blocks, rank, alpha, dropout):
@@ -52,14 +52,15 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.pairs = []  # keys of the pairs in use, oldest first
-        self.branch = None  # the newest of them, unless it is folded, too
-        self.register_buffer("folded", self.weight.detach(), persistent=False)
+        self.newest = None  # the last of them, unless it is folded, too
+        self.register_buffer("folded", None, persistent=False)
         self.register_load_state_dict_post_hook(LoRALinear.fold)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        h = F.linear(x, self.folded, self.bias)  # W_0 x + b, with the folded pairs
-        if self.branch:
-            A, B = self.lora_A[self.branch], self.lora_B[self.branch]
+        weight = self.weight if self.folded is None else self.folded
+        h = F.linear(x, weight, self.bias)  # W_0 x + b, with the folded pairs
+        if self.newest:
+            A, B = self.lora_A[self.newest], self.lora_B[self.newest]
             low = F.linear(self.dropout(x).to(A.dtype), A.flatten(0, 1))  # A x: [..., blocks * r]
             low = low.unflatten(-1, A.shape[:2])  # [..., blocks, r]
             # b: block; o: rows of a block; r: rank
@@ -77,18 +78,18 @@ class LoRALinear(nn.Module):
 
     def use(self, pairs, merged=False):
         """Let the pairs with these keys act, and the newest of them train if it is not merged."""
-        self.pairs, self.branch = pairs, pairs[-1] if pairs and not merged else None
+        self.pairs, self.newest = pairs, pairs[-1] if pairs and not merged else None
         self.requires_grad_(False)
-        if self.branch:
-            self.lora_A[self.branch].requires_grad_()
-            self.lora_B[self.branch].requires_grad_()
+        if self.newest:
+            self.lora_A[self.newest].requires_grad_()
+            self.lora_B[self.newest].requires_grad_()
         self.fold()
 
     def fold(self, *_):
         """Add the pairs in use that do not run as a branch into a copy of W_0. load_state_dict calls
         it, too, when it has written the weights."""
-        pairs = [key for key in self.pairs if key != self.branch]
-        self.folded = self.weight_with(pairs) if pairs else self.weight.detach()
+        pairs = [key for key in self.pairs if key != self.newest]
+        self.folded = self.weight_with(pairs) if pairs else None
 
     @torch.no_grad()
     def weight_with(self, pairs):

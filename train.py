@@ -411,7 +411,8 @@ def init_patches_by_pca(visual, images):
 
 # ------------------------------------------------------------------------------------- command line
 
-# flags that may differ when a run is resumed; they do not change its result, rounding aside
+# flags that may differ when a run is resumed; they do not change its result, but for rounding and,
+# compiled or on another device, dropout's random numbers
 FREE_FLAGS = ("resume", "workers", "device", "data_root", "output", "checkpointing", "compile")
 
 
@@ -493,7 +494,7 @@ def print_summary(args, plan, model, train_set):
         trial.checkpointing = args.checkpointing
         for stage in plan:
             trial.enter_stage(stage.number)
-            batch = data.collate([train_set[0]] * stage.batch_size)
+            batch = data.default_collate([train_set[0]] * stage.batch_size)  # texts of 77 tokens
             train_step(trial, [batch], [0], *make_optimizer(trial), args, autocast_dtype(device))
         print(f"a step takes {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB at most")
 

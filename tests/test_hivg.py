@@ -541,7 +541,7 @@ def test_a_checkpoint_gives_the_same_boxes(tokenizer, tmp_path, adapters, traine
     again = pickle.loads(pickle.dumps(load_checkpoint(str(path))))
     close(again(*batch).boxes, model(*batch).boxes)
     assert not again.training and again.config == model.config
-    assert not any(module.branch for module in hivg.lora.lora_modules(again).values())
+    assert not any(module.newest for module in hivg.lora.lora_modules(again).values())
     close((again.mean, again.tokenize("the red")), (model.mean, tokenizer("the red")), 0)
     again, more = copy.deepcopy(hivg.read_checkpoint(path))
     assert more["progress"] == {"stage": stage}
