@@ -57,7 +57,9 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_post_hook(LoRALinear.fold)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        weight = self.weight if self.folded is None else self.folded
+        weight = self.weight  # FSDP may compute in another dtype than it stores
+        if self.folded is not None:
+            weight = self.folded.to(weight.dtype)
         h = F.linear(x, weight, self.bias)  # W_0 x + b, with the folded pairs
         if self.newest:
             A, B = self.lora_A[self.newest], self.lora_B[self.newest]

@@ -220,6 +220,15 @@ def test_merging_under_autocast_rounds_nothing():
     assert torch.equal(layers[0].attn.in_proj.folded, state["0.attn.in_proj.weight"])
 
 
+def test_a_wrapper_may_compute_in_another_dtype(x):
+    """FSDP's mixed precision casts parameters for the time of the forward pass, but no buffers."""
+    layers = tower(3).float()
+    expected = layers(x.float())
+    for parameter in layers.parameters():
+        parameter.data = parameter.data.bfloat16()
+    close(layers(x.bfloat16()).float(), expected, 0.1)
+
+
 # ------------------------------------------------------------------------------------------- targets
 
 
