@@ -226,7 +226,7 @@ def test_a_wrapper_may_compute_in_another_dtype(x):
     expected = layers(x.float())
     for parameter in layers.parameters():
         parameter.data = parameter.data.bfloat16()
-    close(layers(x.bfloat16()).float(), expected, 0.1)
+    close(layers(x.bfloat16()).float(), expected, 0.2)  # of values up to 9
 
 
 # ------------------------------------------------------------------------------------------- targets
