@@ -1,5 +1,6 @@
 """Nothing is lost: runs that are killed, stopped or resumed, that diverge, or that fill the disk."""
 
+import functools
 import math
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import torch
 from test_train import exit_of, log_of, told, words_of
 
 import data
+import hivg
 import train
 from hivg import load_checkpoint
 
@@ -165,20 +167,23 @@ def stopped(second_epoch, augmented, tmp_path):
 
 
 def test_flags_that_do_not_change_the_result_take_effect(monkeypatch, stopped, tmp_path, whole):
-    """A resumed run takes workers, data root, output and checkpointing from the new command, and ends
-    as the one that nothing stopped."""
+    """A resumed run takes workers, data root, output, checkpointing and compilation from the new
+    command, and ends as the one that nothing stopped."""
     _, words = stopped
     elsewhere = shutil.copytree(words[words.index("--data-root") + 1], tmp_path / "elsewhere")
     seen, real = [], train.train_step
 
     def train_step(model, *more):
-        seen.append((model.checkpointing, more[4].workers))
+        compiled = model.bridged_block is not hivg.bridged_block
+        seen.append((model.checkpointing, more[4].workers, compiled))
         return real(model, *more)
 
     monkeypatch.setattr(train, "train_step", train_step)
-    more = "--data-root", elsewhere, "--workers", 1, "--checkpointing"
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    more = "--data-root", elsewhere, "--workers", 1, "--checkpointing", "--compile"
     assert exit_of(train, *words, *more) is None
-    assert seen == [(True, 1)] * 10
+    torch.compiler.reset()
+    assert seen == [(True, 1, True)] * 10
     assert torch.load(tmp_path / "run/last.pt")["args"]["data_root"] == str(elsewhere)
     for ours, theirs in zip(log_of(tmp_path / "run"), log_of(whole), strict=True):
         assert ours["miou"] == pytest.approx(theirs["miou"], abs=0.1)
