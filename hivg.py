@@ -276,12 +276,12 @@ class HiVG(nn.Module):
             lora.add_lora(
                 self.visual_blocks, targets, config.rank, config.alpha, config.lora_dropout
             )
-        projected = config.bridge_text == "projected"
-        text_layer_count = 0 if projected else len(config.text_layers)
+        mixed = config.bridge_text == "projected"  # then all bridges have the same t
+        text_layer_count = 0 if mixed else len(config.text_layers)
         self.bridges = nn.ModuleDict(
             {str(layer): Bridge(sizes, text_layer_count) for layer in config.bridge_layers}
         )
-        if projected:
+        if mixed:
             self.mixture_proj = nn.Linear(D, d_v)  # makes t from the projected text
 
         self.visual_proj = nn.Linear(len(config.visual_layers) * d_v, D)  # (D10)
@@ -320,7 +320,8 @@ class HiVG(nn.Module):
         features, projected = self.text_features(tokens)
         # the layers of V, [B, 1 + N, |V| d_v]; the last layer, [B, 1 + N, d_v]
         visual_levels, x = self.image_features(images, features, projected, bridge_padding)
-        z_padding = torch.cat([patch_padding, text_padding], dim=1)  # [B, N + T]
+        never = text_padding.new_zeros(text_padding.shape[0], 2)  # [REG] and [CLS] are no padding
+        z_padding = torch.cat([never, patch_padding, text_padding], dim=1)  # [B, K]
         z = self.grounding_encoder(visual_levels, projected, z_padding)  # [B, K, D]
         end = end_of_text(tokens)
         return HiVGOutput(
@@ -346,7 +347,7 @@ class HiVG(nn.Module):
         the outputs of the layers of V, concatenated, [B, 1 + N, |V| d_v], and that of the last
         layer, [B, 1 + N, d_v].
         """
-        mixed = self.config.bridge_text == "projected"  # then all bridges have the same t
+        mixed = self.config.bridge_text == "projected"
         same_t = self.mixture_proj(projected) if mixed else None
         x = self.clip.visual.embed(images)  # [B, 1 + N, d_v]
         visual_levels = []
@@ -360,20 +361,18 @@ class HiVG(nn.Module):
                 visual_levels.append(x)
         return torch.cat(visual_levels, dim=-1), x
 
-    def grounding_encoder(self, visual_levels, projected, padding):
+    def grounding_encoder(self, visual_levels, projected, z_padding):
         """The grounding encoder over [REG], [CLS], patches and text tokens.
 
-        visual_levels [B, 1 + N, |V| d_v], projected [B, T, D], padding [B, N + T] -> [B, K, D].
+        visual_levels [B, 1 + N, |V| d_v], projected [B, T, D], z_padding [B, K] -> [B, K, D].
         """
         visual = self.visual_proj(visual_levels)  # [B, 1 + N, D]
         reg = self.reg_token.expand(visual.shape[0], 1, -1)  # [B, 1, D]
         # cat takes the widest dtype, that of reg: z, the residual stream, is float32 under autocast
         z = torch.cat([reg, visual, self.text_proj(projected)], dim=1)  # [B, K, D]
         positions = self.grounding_positions[: z.shape[1]]
-        never = padding.new_zeros(padding.shape[0], 2)  # [REG] and [CLS] are no padding
-        padding = torch.cat([never, padding], dim=1)  # [B, K]
         for layer in self.grounding_layers:
-            z = self.maybe_checkpoint(layer, z, positions, padding)
+            z = self.maybe_checkpoint(layer, z, positions, z_padding)
         return self.grounding_norm(z)
 
     def region_logits(self, z, end):

@@ -57,8 +57,8 @@ class LoRALinear(nn.Module):
         self.register_load_state_dict_post_hook(LoRALinear.fold)
 
     def forward(self, x):  # [..., in] -> [..., out]
-        weight = self.weight  # FSDP may compute in another dtype than it stores
-        if self.folded is not None:
+        weight = self.weight
+        if self.folded is not None:  # FSDP's mixed precision casts parameters, but no buffers
             weight = self.folded.to(weight.dtype)
         h = F.linear(x, weight, self.bias)  # W_0 x + b, with the folded pairs
         if self.newest:
@@ -80,7 +80,8 @@ class LoRALinear(nn.Module):
 
     def use(self, pairs, merged=False):
         """Let the pairs with these keys act, and the newest of them train if it is not merged."""
-        self.pairs, self.newest = pairs, pairs[-1] if pairs and not merged else None
+        self.pairs = pairs
+        self.newest = pairs[-1] if pairs and not merged else None
         self.requires_grad_(False)
         if self.newest:
             self.lora_A[self.newest].requires_grad_()
