@@ -24,7 +24,8 @@ from hivg import HiVG, HiVGConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs are repeated exactly, which a CPU alone promises
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start; tests run side by side,
+torch.set_num_threads(1)  # and bit for bit a process that is forked computes with one thread
 
 
 @pytest.fixture(scope="session")

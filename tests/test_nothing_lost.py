@@ -20,15 +20,6 @@ import train
 from hivg import load_checkpoint
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Bit for bit: a process that is forked computes with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def augmented(refer_root, clip_file):
     """augmented(output, ...): the words of a run of two stages of three epochs of two steps, with
@@ -135,7 +126,7 @@ def test_ctrl_c_and_the_log_of_a_cluster(augmented, tmp_path, whole, capfd):
     what was finished is kept. Where stderr is no terminal, next to nothing is written there."""
     output = tmp_path / "run"
     words = augmented(output, "--workers", 1)
-    environment = {"PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(Path(train.__file__).parent)}
     line = [sys.executable, "-c", SCRIPT, *words]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
     said = [line for line in done.stderr.splitlines() if line.strip()]

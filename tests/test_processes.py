@@ -47,7 +47,7 @@ def four_steps(tokenizer, root):
 
 def one_of_two(number, folder, *work):
     """What each of two processes does."""
-    torch.set_num_threads(1)  # two processes with two threads each get into each other's way
+    torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=number, world_size=2)
     torch.save(four_steps(*work), f"{folder}/{number}.pt")
@@ -99,7 +99,7 @@ def torchrun(folder, words, **environment):
     its fourth step."""
     (folder / "script.py").write_text(SCRIPT)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    more = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    more = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*line, folder / "script.py", *map(str, words)],
         stdout=subprocess.PIPE,
