@@ -28,6 +28,7 @@ import functools
 import gzip
 import html
 import io
+import itertools
 import json
 import os
 import pickle
@@ -206,8 +207,8 @@ class CLIP(nn.Module):
 
     def forward(self, images, tokens):
         """Cosines times the logit scale: images [B, 3, S, S] and texts, tokens [M, T] -> [B, M]."""
-        image = F.normalize(self.encode_image(images), dim=-1)
-        text = F.normalize(self.encode_text(tokens), dim=-1)
+        image = F.normalize(self.encode_image(images))  # [B, D], by rows
+        text = F.normalize(self.encode_text(tokens))  # [M, D]
         return self.logit_scale.exp() * image @ text.T
 
     def resize_positional_embedding(self, image_size):
@@ -258,7 +259,7 @@ def bytes_to_unicode():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     codes = [*printable, *range(256, 324)]  # there are 68 others
-    return {byte: chr(code) for byte, code in zip(printable + others, codes)}
+    return dict(zip(printable + others, map(chr, codes)))
 
 
 class Tokenizer:
@@ -309,12 +310,9 @@ class Tokenizer:
 
     def unread_words(self, text):
         """The words of a text that do not fit into 77 tokens, start and end among them, any more."""
-        words, tokens = split_words(text), 2
-        for number, word in enumerate(words):
-            tokens += len(self.encode_word(word))
-            if tokens > 77:
-                return words[number:]
-        return []
+        words = split_words(text)
+        ends = itertools.accumulate(len(self.encode_word(word)) for word in words)
+        return [word for word, end in zip(words, ends) if end > 75]
 
     def unseen_words(self, text):
         """The words of a text, each once, that are no single symbol of a small vocabulary, which
@@ -486,8 +484,7 @@ def check_family(folder, config):
             for name, value in expected.items():
                 found = values.get(name, value)
                 if found != value:
-                    what = name.replace("head_width", "heads of width")
-                    raise ValueError(f"{path} has {what} {found} in {tower}, not {value}")
+                    raise ValueError(f"{path} has {name} {found} in {tower}, not {value}")
 
 
 HUGGING_FACE_NAMES = (  # patterns of its names, and OpenAI's

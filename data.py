@@ -92,17 +92,11 @@ def letterbox(crop, side, long_side=None, padding_shares=(0.5, 0.5)):
 def box_to_square(box, geometry):
     """A box x1, y1, x2, y2 in the image's pixels -> tensor [4], cx, cy, w, h, 0..1, of the square.
     The part outside the crop is cut off."""
-    centre, extent = [], []
-    for axis in (0, 1):  # x and y
-        start, end = geometry.crop[axis::2]
-        place, length = geometry.inner[axis::2]
-        scale = length / (end - start)  # that of y differs: lengths are rounded
-        low, high = [
-            place + (min(max(value, start), end) - start) * scale for value in box[axis::2]
-        ]
-        centre.append((low + high) / 2)
-        extent.append(high - low)
-    return torch.tensor(centre + extent) / geometry.side
+    parts = torch.tensor([geometry.crop, geometry.inner, box], dtype=torch.float64)
+    (start, end), (place, size), corners = parts.view(3, 2, 2)
+    # the scales of x and y differ: lengths are rounded
+    low, high = (corners.clamp(start, end) - start) / (end - start) * size + place
+    return torch.cat([(low + high) / 2, high - low]).float() / geometry.side
 
 
 def box_to_pixels(boxes, geometry):
@@ -697,8 +691,9 @@ def open_split(annotations, split, **options):
     selected, report = [], []
     for name, splits in annotations.items():
         if split not in splits:
-            there = ", ".join(splits) or "none"
-            report.append(f"{name} has no expressions of {split!r}, only of {there}")
+            report.append(
+                f"{name} has no expressions of {split!r}, only of {', '.join(splits) or 'none'}"
+            )
             continue
         content = splits[split]
         others = [a for other, a in annotations.items() if other != name and split == "train"]
@@ -722,8 +717,8 @@ def open_split(annotations, split, **options):
         samples, notes = content.samples, dict(content.notes)
         if held_out:
             samples = [sample for sample in samples if sample.image not in held_out]
-        number = len(content.samples) - len(samples)
-        notes["left out, since another set tests on their images"] = number
+        left_out = "left out, since another set tests on their images"
+        notes[left_out] = len(content.samples) - len(samples)
         report += [f"{name}, {split}: {count:,} {note}" for note, count in notes.items() if count]
         selected.append(samples)
     samples = selected[0] if len(selected) == 1 else PackedSamples(itertools.chain(*selected))
@@ -923,11 +918,11 @@ def random_shapes(rng, count):
             side = 2 * SIDE * rng.uniform(*SIZES[size])
             width, height = (round(side * rng.uniform(0.92, 1.08)) for _ in "xy")
             x, y = (rng.randint(2, 2 * SIDE - 2 - length) for length in (width, height))
-            boxes = [*(shape.box for shape in shapes), (x, y, x + width, y + height)]
+            boxes = [(x, y, x + width, y + height), *(shape.box for shape in shapes)]
             # with its own, the overlaps of a box
             if all(12 * sum(overlap(a, b) for b in boxes) <= 13 * overlap(a, a) for a in boxes):
                 xy = (2 * x + width) / 4 / SIDE - 0.5, (2 * y + height) / 4 / SIDE - 0.5
-                shapes.append(Shape(size, rng.choice(colours), rng.choice(kinds), boxes[-1], *xy))
+                shapes.append(Shape(size, rng.choice(colours), rng.choice(kinds), boxes[0], *xy))
             if len(shapes) == count:
                 return shapes
 

@@ -244,21 +244,18 @@ def attention_maps(model, image, text):
         q, k, _ = kept[attn.in_proj][1].chunk(3, dim=-1)  # [1, 1 + N, d_v] each
         maps[f"[CLS], layer {layer}"] = first_query_attention(q, k, attn.heads)[1:]
     query, key, _, padding = kept[last][0]  # [1, K, D], [1, K, D], ..., [1, K]
-    weights = first_query_attention(last.q_proj(query), last.k_proj(key), last.heads, padding)
+    weights = first_query_attention(last.q_proj(query), last.k_proj(key), last.heads, ~padding)
     maps[f"[REG], grounding layer {len(model.grounding_layers)}"] = weights[2 : 2 + model.grid**2]
     return {name: weights.view(model.grid, -1).cpu() for name, weights in maps.items()}
 
 
-def first_query_attention(q, k, heads, padding=None):
+def first_query_attention(q, k, heads, mask=None):
     """softmax(q k^T / sqrt(d / heads)) of the first query, mean over heads: q [1, Nq, d], k
-    [1, Nk, d], padding [1, Nk] bool -> [Nk], sum 1."""
-    q, k = (
-        x[0].unflatten(-1, (heads, -1)).transpose(0, 1) for x in (q, k)
-    )  # [heads, K, d / heads]
-    logits = q[:, :1] @ k.mT / math.sqrt(q.shape[-1])  # [heads, 1, Nk]
-    if padding is not None:
-        logits = logits.masked_fill(padding, -math.inf)
-    return logits.float().softmax(dim=-1).mean(dim=0)[0]
+    [1, Nk, d], mask as `attention` takes it -> [Nk], sum 1."""
+    # a sum of unit vectors is a row of the weights; every head has all of them: [1, Nk, heads * Nk]
+    values = torch.eye(k.shape[1]).to(k).repeat(1, 1, heads)
+    weights = clip_model.attention(q[:, :1], k, values, heads, mask)  # [1, 1, heads * Nk]
+    return weights.float().view(heads, -1).mean(dim=0)
 
 
 TRUE_COLOUR = "limegreen"

@@ -328,8 +328,8 @@ class HiVG(nn.Module):
             boxes=self.box_head(z[:, 0]).float().sigmoid(),  # from [REG]
             region_logits=self.region_logits(z, end),
             patch_padding=patch_padding,
-            image_vectors=F.normalize(self.clip.visual.project(x).float(), dim=-1),
-            text_vectors=F.normalize(at(projected, end).float(), dim=-1),
+            image_vectors=F.normalize(self.clip.visual.project(x).float()),
+            text_vectors=F.normalize(at(projected, end).float()),
         )
 
     @torch.no_grad()  # the text tower is frozen and does not see the image
@@ -381,7 +381,7 @@ class HiVG(nn.Module):
         u is the output at the end of the text, normalised; v_p an MLP of the output at the patch.
         """
         N = self.grid**2
-        u = F.normalize(at(z[:, 2 + N :], end).float(), dim=-1)  # [B, D]
+        u = F.normalize(at(z[:, 2 + N :], end).float())  # [B, D]
         v = self.region_mlp(self.region_norm(z[:, 2 : 2 + N])).float()  # [B, N, D]
         return (v * u[:, None]).sum(dim=-1)
 
@@ -452,12 +452,15 @@ class HiVG(nn.Module):
         """Let torch.compile make the blocks of this stage faster: each kind of them is compiled when
         it is first met, once for all layers, and once more, for any length of text, when the second
         length is met. Kinds are text blocks, grounding layers, and image blocks with a bridge or
-        none, with pairs of this stage or none; the first image block, whose input needs no
-        gradient, is one by itself. The names of parameters stay."""
+        none, with pairs of this stage or none; in a warm-up blocks whose input needs no
+        gradient are one, too. The names of parameters stay."""
         torch._dynamo.config.cache_size_limit = 64  # kinds of a function, over all stages; else 8
         for linear in lora.lora_modules(self).values():
             if linear.folded is None:  # a LoRALinear without older pairs is no kind of its own
                 linear.folded = linear.weight.detach()
+        if any(p.requires_grad for p in self.visual_blocks[0].parameters()):  # a pair of this stage
+            # a gradient that nobody needs, so that the first block is of the same kind as others
+            self.clip.visual.ln_pre.register_forward_hook(lambda *call: call[-1].requires_grad_())
         self.bridged_block = torch.compile(bridged_block)
         for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
             block.compile()
@@ -511,23 +514,23 @@ def box_area(top_left, bottom_right):
     return width * height
 
 
-def box_areas(a, b):
-    """Areas of intersection, union and hull, the smallest box around both, pair by pair: a, b
-    [..., 4] as x1, y1, x2, y2, of any dtype -> [...] each, in float32 at least."""
+def iou_union_hull(a, b):
+    """IoU, and the areas of the union and of the hull, the smallest box around both, pair by pair:
+    a, b [..., 4] as x1, y1, x2, y2, of any dtype -> [...] each, in float32 at least."""
     (a1, a2), (b1, b2) = (  # corners [..., 2]: top left, bottom right
         boxes.to(torch.promote_types(boxes.dtype, torch.float32)).split(2, dim=-1)
         for boxes in (a, b)
     )
     intersection = box_area(torch.maximum(a1, b1), torch.minimum(a2, b2))
+    union = box_area(a1, a2) + box_area(b1, b2) - intersection
     hull = box_area(torch.minimum(a1, b1), torch.maximum(a2, b2))
-    return intersection, box_area(a1, a2) + box_area(b1, b2) - intersection, hull
+    return intersection / union.clamp(min=MIN_AREA), union, hull
 
 
 def box_iou(a, b):
     """Intersection over union, pair by pair: a, b [..., 4] as x1, y1, x2, y2 -> [...]; 0 where both
     have no area."""
-    intersection, union, _ = box_areas(a, b)
-    return intersection / union.clamp(min=MIN_AREA)
+    return iou_union_hull(a, b)[0]
 
 
 def generalized_box_iou(a, b):
@@ -536,8 +539,7 @@ def generalized_box_iou(a, b):
 
     Finite for boxes without area: their IoU counts as 0, and a hull without area as filled.
     """
-    intersection, union, hull = box_areas(a, b)
-    iou = intersection / union.clamp(min=MIN_AREA)
+    iou, union, hull = iou_union_hull(a, b)
     return iou - (hull - union) / hull.clamp(min=MIN_AREA)
 
 

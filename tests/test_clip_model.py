@@ -308,7 +308,11 @@ def test_other_files_are_told_by_name(tmp_path):
         ("config.json", {"model_type": "another program's"}, None),
         ("open_clip_config.json", {"model_cfg": {"embed_dim": 64}}, "no quick_gelu"),
         ("open_clip_config.json", {"model_cfg": {"embed_dim": 64, "quick_gelu": True}}, None),
-        ("open_clip_config.json", {"quick_gelu": 1, "vision_cfg": {"head_width": 80}}, "heads"),
+        (
+            "open_clip_config.json",
+            {"quick_gelu": 1, "vision_cfg": {"head_width": 80}},
+            "head_width 80",
+        ),
         ("open_clip_config.json", {"quick_gelu": 1, "text_cfg": {"heads": 8}}, "heads"),
     ],
 )
