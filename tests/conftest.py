@@ -38,7 +38,9 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """Every test has an empty CLIP_CACHE of its own, and nothing can be downloaded."""
+    """Every test has an empty CLIP_CACHE of its own, and nothing can be downloaded; what is random is
+    the same in whatever order tests run."""
+    torch.manual_seed(0)
 
     def refuse(*args, **kwargs):
         raise URLError("no network in tests")
@@ -158,6 +160,7 @@ def tiny_model(tokenizer, stage=0, seed=0, **settings):
     sizes = {"image_size": 64, "grounding_layers": 2, "heads": 4, "feedforward": 64, "rank": 4}
     sizes |= {"region_width": 64, "dropout": 0.0, "lora_dropout": 0.0}
     config = HiVGConfig(**{"text_layers": (1, 3)} | sizes | settings)
+    torch.manual_seed(seed)
     model = HiVG(config, tiny_clip(seed), tokenizer)
     for bridge in model.bridges.values():
         shake(bridge.mlp, 0.1, seed)
