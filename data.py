@@ -93,8 +93,8 @@ def box_to_square(box, geometry):
     """A box x1, y1, x2, y2 in the image's pixels -> tensor [4], cx, cy, w, h, 0..1, of the square.
     The part outside the crop is cut off."""
     parts = torch.tensor([geometry.crop, geometry.inner, box], dtype=torch.float64)
-    (start, end), (place, size), corners = parts.view(3, 2, 2)
-    # the scales of x and y differ: lengths are rounded
+    (start, end), (place, size), corners = parts.view(3, 2, 2)  # [2] each, x and y; corners [2, 2]
+    # the scales of x and y, size / (end - start), differ: lengths are rounded
     low, high = (corners.clamp(start, end) - start) / (end - start) * size + place
     return torch.cat([(low + high) / 2, high - low]).float() / geometry.side
 
@@ -918,6 +918,7 @@ def random_shapes(rng, count):
             side = 2 * SIDE * rng.uniform(*SIZES[size])
             width, height = (round(side * rng.uniform(0.92, 1.08)) for _ in "xy")
             x, y = (rng.randint(2, 2 * SIDE - 2 - length) for length in (width, height))
+            # the new one first, which mostly decides
             boxes = [(x, y, x + width, y + height), *(shape.box for shape in shapes)]
             # with its own, the overlaps of a box
             if all(12 * sum(overlap(a, b) for b in boxes) <= 13 * overlap(a, a) for a in boxes):

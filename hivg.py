@@ -459,8 +459,11 @@ class HiVG(nn.Module):
             if linear.folded is None:  # a LoRALinear without older pairs is no kind of its own
                 linear.folded = linear.weight.detach()
         if any(p.requires_grad for p in self.visual_blocks[0].parameters()):  # a pair of this stage
-            # a gradient that nobody needs, so that the first block is of the same kind as others
-            self.clip.visual.ln_pre.register_forward_hook(lambda *call: call[-1].requires_grad_())
+            # The first block's input asks for a gradient, which nobody needs: so it is of the same
+            # kind as the others.
+            self.clip.visual.ln_pre.register_forward_hook(
+                lambda module, inputs, x: x.requires_grad_()
+            )
         self.bridged_block = torch.compile(bridged_block)
         for block in (*self.clip.transformer.resblocks, *self.grounding_layers):
             block.compile()

@@ -419,7 +419,7 @@ FREE_FLAGS = ("resume", "workers", "device", "data_root", "output", "checkpointi
 def run(args):
     """A whole run: model, data, training, and the evaluation of all splits but train."""
     device, name = data.setup_device(args.device), args.dataset[0]
-    output = Path(os.path.normpath(args.output))  # x/.. where there is no x
+    output = Path(os.path.normpath(args.output))  # of x/.., although there is no x
     is_shapes = name in data.TRAIN_SCENES
     last_path, last = output / "last.pt", {}
     if (output / "best.pt").exists() and not args.resume:
