@@ -92,8 +92,13 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        c_fc, c_proj = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mlp = nn.Sequential(OrderedDict(c_fc=c_fc, gelu=QuickGELU(), c_proj=c_proj))
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                c_fc=nn.Linear(width, 4 * width),
+                gelu=QuickGELU(),
+                c_proj=nn.Linear(4 * width, width),
+            )
+        )
 
     def forward(self, x, causal=False):  # [B, K, d] -> [B, K, d]
         x = x + self.attn(self.ln_1(x), causal)
@@ -436,10 +441,9 @@ PROGRAMS_NAMES = (  # what goes: prefixes of DDP, torch.compile and PEFT, and wh
 
 
 def save_clip(clip, path):
-    """Write a state dict in OpenAI's names, which load_clip reads."""
-    state = {name.replace("in_proj.", "in_proj_"): t for name, t in clip.state_dict().items()}
+    """Write a state dict, which load_clip reads."""
     with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+        torch.save(clip.state_dict(), temporary)
 
 
 def infer_config(state):
@@ -722,7 +726,8 @@ def run_main(job, *args):
     try:
         job(*args)
     except HiVGError as error:
-        sys.exit(f"error: {error}")
+        # of a process that reads images: behind that one's traceback
+        sys.exit(f"error: {str(error).rsplit('HiVGError: ')[-1]}")
     except RuntimeError as error:
         for words, advice in MEMORY_ERRORS.items():
             if words in str(error):

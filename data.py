@@ -32,10 +32,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 # isort: split
 # imports of the sections on annotation files, reading of images, shapes, check and download
 import argparse
-import fnmatch
 import functools
 import gzip
-import io
 import itertools
 import json
 import multiprocessing
@@ -50,18 +48,26 @@ import tempfile
 import unicodedata
 import urllib.request
 import warnings
-import zipfile
 import zlib
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
-from PIL import ExifTags, ImageDraw, PngImagePlugin
+from PIL import ImageDraw, PngImagePlugin
 from tqdm import tqdm
 
-import clip_model
-from clip_model import HiVGError, PlainUnpickler, clean_text, merge_pair, split_words, user_error
+from clip_model import (
+    HiVGError,
+    PlainUnpickler,
+    clean_text,
+    end_of_text,
+    merge_pair,
+    read_weights,
+    run_main,
+    split_words,
+    user_error,
+)
 
 # ----------------------------------------------------------------------- the image and its square
 
@@ -167,7 +173,7 @@ def random_interval(rng, length, low, high, scale):
     first = max(0, centre - crop)
     last = max(first, min(length - crop, centre))
     start = rng.uniform(first, last)
-    return start, float(min(length, start + crop))
+    return start, min(length, start + crop)
 
 
 def jitter(rng, image):
@@ -281,7 +287,7 @@ def collate(items):
 
 def trim_to_longest(tokens):
     """Tokens [B, 77] -> [B, T]: T is the length of the longest text."""
-    return tokens[:, : clip_model.end_of_text(tokens).max() + 1]
+    return tokens[:, : end_of_text(tokens).max() + 1]
 
 
 class BatchLoader:
@@ -304,10 +310,7 @@ class BatchLoader:
 
     def __call__(self, batches, seed=0):
         self.batches[:] = [[(index, seed) for index in indices] for indices in batches]
-        try:
-            yield from self.loader
-        except HiVGError as error:  # of a worker: its traceback stands before the sentence
-            raise HiVGError(str(error).rsplit("HiVGError: ")[-1]) from error
+        yield from self.loader
 
 
 def mix_seed(*numbers):
@@ -547,11 +550,9 @@ def without_polygons(value):
 
 
 def read_pickle(file):
-    """The plain data in a pickle or in a file of torch.save."""
+    """The plain data in an open pickle or file of torch.save."""
     if file.peek(2)[:2] == b"PK":
-        with zipfile.ZipFile(file) as archive:
-            (name,) = fnmatch.filter(archive.namelist(), "*/data.pkl")
-            file = io.BytesIO(archive.read(name))
+        return read_weights(file.name)
     content = PlainUnpickler(file, encoding="latin-1").load()
     if content == torch.serialization.MAGIC_NUMBER:  # torch's older format
         for _ in ("version", "machine", "content"):
@@ -732,7 +733,7 @@ def open_split(annotations, split, **options):
 # ----------------------------------------------------------------------------------- reading images
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")  # not EPS, a program
-TURNS = {  # EXIF orientation -> what makes the image upright
+TURNS = {  # EXIF orientation, tag 0x0112 -> what makes the image upright
     2: Image.FLIP_LEFT_RIGHT,
     3: Image.ROTATE_180,
     4: Image.FLIP_TOP_BOTTOM,
@@ -770,7 +771,7 @@ def open_image(path, upright):
         # ImageOps.exif_transpose would write the EXIF back, which fails at malformed tags that are
         # read well
         try:
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
+            orientation = image.getexif().get(0x0112)
         except Exception:  # EXIF that is garbage turns nothing
             return image
         return image.transpose(TURNS[orientation]) if orientation in TURNS else image
@@ -1037,7 +1038,7 @@ def make_scene(folder, split, number):
 
 
 def make_shapes(data_root, name="shapes"):
-    """Generate a shapes data set below the data root if it is not there. Returns its folder.
+    """Generate a shapes data set, a folder below the data root, if it is not there.
 
     In it are SPLIT.jsonl and images/, as one's own data; captions.json, {image: captions} of the
     train scenes; and bpe_vocab.txt.gz, a vocabulary in the format of CLIP's. The folder is complete
@@ -1045,14 +1046,13 @@ def make_shapes(data_root, name="shapes"):
     """
     folder = Path(data_root, name)
     if folder.exists():
-        return folder
+        return
     with user_error(f"{folder} cannot be written", "name another --data-root", (OSError,)):
         os.makedirs(folder.parent, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".generating", dir=data_root) as unfinished:
             generate_shapes(Path(unfinished, name), SCENES | {"train": TRAIN_SCENES[name]})
             if not folder.exists():  # else another process was faster
                 Path(unfinished, name).replace(folder)
-    return folder
 
 
 def generate_shapes(folder, scenes):
@@ -1107,13 +1107,13 @@ def setup_device(name=None):
         name = torch.accelerator.current_accelerator().type if has_one else "cpu"
     distributed = "LOCAL_RANK" in os.environ
     started = [os.environ[name] for name in PROCESS_COUNTS if os.environ.get(name, "") > "1"]
-    shells = ("bash", "sh", "interactive")  # what is typed there runs once
     if distributed:
         if ":" in name:
             raise HiVGError(f"torchrun gives each process a GPU of its own: no --device {name}.")
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif started and os.environ.get("SLURM_JOB_NAME") not in shells:
+    # what is typed into an interactive shell runs once
+    elif started and os.environ.get("SLURM_JOB_NAME") not in ("bash", "sh", "interactive"):
         raise HiVGError(
             f"{started[0]} processes were started that do not know of one another: start one "
             "torchrun on each machine, and let it start them."
@@ -1338,7 +1338,7 @@ def main():
     add("--dataset", "its name", required=True, choices=DATASETS)
     add("--data-root", "folder (default: data)", type=os.path.expanduser, default="data")
     args = parser.parse_args()
-    clip_model.run_main(commands[args.command], args.dataset, args.data_root)
+    run_main(commands[args.command], args.dataset, args.data_root)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,22 @@ the drawings, and the command line.
 
 import json
 import math
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-import clip_model
 import data
-from clip_model import HiVGError, user_error
+from clip_model import (
+    HiVGError,
+    atomic_write,
+    attention,
+    clean_text,
+    run_main,
+    user_error,
+    write_text,
+)
 from data import add_up, process_rank, world_size
 from hivg import box_iou, load_checkpoint
 
@@ -31,7 +37,7 @@ import os
 import textwrap
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # ------------------------------------------------------------------------------- boxes and accuracy
 
@@ -75,7 +81,7 @@ def ground_texts(model, image, texts):
     if not texts:
         return []
     for text in texts:
-        if not clip_model.clean_text(text):
+        if not clean_text(text):
             raise HiVGError(f"The expression {text!r} is empty: say which object is meant.")
     square, geometry = data.preprocess(data.to_rgb(image), model.config.image_size)
     item = {"image": square, "inner": torch.tensor(geometry.inner)}
@@ -189,19 +195,20 @@ def evaluate_splits(model, name, contents, output, splits=None, **options):
                 print(line)
             contact_sheet(dataset, found, true, output / f"{name}_{dataset.split}.png")
             lines = box_lines(dataset, found, true, scores)
-            clip_model.write_text(output / f"boxes_{name}_{dataset.split}.jsonl", "".join(lines))
+            write_text(output / f"boxes_{name}_{dataset.split}.jsonl", "".join(lines))
     if process_rank() == 0:
         path = output / f"{'_'.join(['results', name, *(splits or ())])}.json"
         print(f"{name}:\n{format_table(rows)}\nwritten to {path}")
-        clip_model.write_text(path, json.dumps({"dataset": name, "results": rows}, indent=2) + "\n")
+        write_text(path, json.dumps({"dataset": name, "results": rows}, indent=2) + "\n")
 
 
 def grounding_dataset(model, annotations, split, **options):
     """The GroundingDataset of a split for this model: see data.open_split."""
     model.tokenize("")  # reads CLIP's vocabulary, if the model has none of its own
     tokenizer = partial(model.tokenizer, context_length=model.clip.config.context_length)
-    options |= {"image_size": model.config.image_size, "tokenizer": tokenizer}
-    return data.open_split(annotations, split, **options)
+    return data.open_split(
+        annotations, split, image_size=model.config.image_size, tokenizer=tokenizer, **options
+    )
 
 
 def box_lines(dataset, found, true, scores):
@@ -254,15 +261,12 @@ def first_query_attention(q, k, heads, mask=None):
     [1, Nk, d], mask as `attention` takes it -> [Nk], sum 1."""
     # a sum of unit vectors is a row of the weights; every head has all of them: [1, Nk, heads * Nk]
     values = torch.eye(k.shape[1]).to(k).repeat(1, 1, heads)
-    weights = clip_model.attention(q[:, :1], k, values, heads, mask)  # [1, 1, heads * Nk]
+    weights = attention(q[:, :1], k, values, heads, mask)  # [1, 1, heads * Nk]
     return weights.float().view(heads, -1).mean(dim=0)
 
 
-TRUE_COLOUR = "limegreen"
-BOX_COLOURS = [  # of found boxes: of one text the first
-    ImageColor.getrgb(name)
-    for name in ("crimson", "royalblue", "seagreen", "orchid", "darkorange", "teal")
-]
+# of found boxes: of one text the first
+BOX_COLOURS = ("crimson", "royalblue", "seagreen", "orchid", "darkorange", "teal")
 
 
 def draw_box(image, box, colour, label=""):
@@ -282,8 +286,10 @@ def font_for(text, size):
     there is none."""
     fonts = [ImageFont.load_default(size)]
     for name in FONTS:
-        with suppress(OSError):  # not there
+        try:
             fonts.append(ImageFont.truetype(name, size))
+        except OSError:  # it is not there
+            pass
     for font in fonts:
         missing = bytes(font.getmask("\uffff"))  # what is drawn for a character that a font lacks
         if all(bytes(font.getmask(character)) != missing for character in text):
@@ -316,7 +322,7 @@ def save_image(image, path):
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise HiVGError(f"{path} has no image extension: name it .png or .jpg.")
-    with clip_model.atomic_write(path) as temporary:
+    with atomic_write(path) as temporary:
         image.save(temporary, kind)
     print(f"drawn into {path}")
 
@@ -342,13 +348,10 @@ def contact_sheet(dataset, found, true, path):
     for index in range(0, len(dataset), math.ceil(len(dataset) / 24)):
         sample = dataset.samples[index]
         image = data.load_image(sample.image, sample.upright)
-        draw_box(image, true[index].tolist(), TRUE_COLOUR)
+        draw_box(image, true[index].tolist(), "limegreen")
         draw_box(image, found[index].tolist(), BOX_COLOURS[0])
         panels.append((image, f"{iou[index]:.2f}  {sample.text}"))
     save_image(image_grid(panels, columns=6), path)
-
-
-NO_ATTENTION, HALF, FULL_ATTENTION = "navy", "crimson", "gold"
 
 
 def attention_overlay(image, weights, side, brightest=None):
@@ -359,7 +362,7 @@ def attention_overlay(image, weights, side, brightest=None):
     heat = np.kron(weights, np.ones((patch, patch)))[top : top + height, left : left + width]
     heat = Image.fromarray((255 * heat / (brightest or heat.max())).astype(np.uint8))
     heat = heat.reduce(patch).resize((width, height), Image.BILINEAR)  # smooth
-    heat = ImageOps.colorize(heat, NO_ATTENTION, FULL_ATTENTION, HALF)
+    heat = ImageOps.colorize(heat, black="navy", mid="crimson", white="gold")
     grey = ImageOps.grayscale(image.resize((width, height))).convert("RGB")
     return Image.blend(grey, heat, 0.6)
 
@@ -411,8 +414,15 @@ def run_dataset(args):
     model = load_checkpoint(args.checkpoint, data.setup_device(args.device))
     output = Path(args.output or Path(args.checkpoint).parent)
     for name, splits in annotations.items():
-        options = {"batch_size": args.batch_size, "workers": args.workers}
-        evaluate_splits(model, name, splits, output, args.split, **options)
+        evaluate_splits(
+            model,
+            name,
+            splits,
+            output,
+            args.split,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
 
 
 def run_curve(args):
@@ -463,7 +473,7 @@ def main():
     add("logs", "log.jsonl of a run", nargs="+", type=path)
     add("--output", type=path, default="curve.png")
     args = parser.parse_args()
-    clip_model.run_main(args.run, args)
+    run_main(args.run, args)
 
 
 def add_command(commands, name, run, text):

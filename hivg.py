@@ -100,10 +100,11 @@ class HiVGConfig:
         for name, (default, depth) in choices.items():
             given = getattr(self, name)
             layers[name] = default if given is None else tuple(sorted(set(given)))
-            if not layers[name] and name != "bridge_layers":
-                raise HiVGError(f"{name}: name at least one layer.")
-            if absent := sorted(set(layers[name]) - set(range(1, depth + 1))):
-                raise HiVGError(f"{name} {absent}: choose among this CLIP's layers 1 to {depth}.")
+            is_empty = not layers[name] and name != "bridge_layers"
+            if is_empty or set(layers[name]) - set(range(1, depth + 1)):
+                raise HiVGError(
+                    f"{name} {list(layers[name])}: choose among this CLIP's layers 1 to {depth}."
+                )
         if self.image_size is None:
             layers["image_size"] = clip_config.image_size
         return replace(self, **layers)
@@ -145,8 +146,9 @@ class MultiHeadAttention(nn.Module):
 
 
 def make_mlp(width, hidden, activation, dropout=0.0):
-    up, down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-    return nn.Sequential(up, activation, nn.Dropout(dropout), down)
+    return nn.Sequential(
+        nn.Linear(width, hidden), activation, nn.Dropout(dropout), nn.Linear(hidden, width)
+    )
 
 
 class Bridge(nn.Module):
@@ -320,8 +322,8 @@ class HiVG(nn.Module):
         features, projected = self.text_features(tokens)
         # the layers of V, [B, 1 + N, |V| d_v]; the last layer, [B, 1 + N, d_v]
         visual_levels, x = self.image_features(images, features, projected, bridge_padding)
-        never = text_padding.new_zeros(text_padding.shape[0], 2)  # [REG] and [CLS] are no padding
-        z_padding = torch.cat([never, patch_padding, text_padding], dim=1)  # [B, K]
+        z_padding = torch.cat([patch_padding, text_padding], dim=1)
+        z_padding = F.pad(z_padding, (2, 0))  # [B, K]; [REG] and [CLS], in front, are no padding
         z = self.grounding_encoder(visual_levels, projected, z_padding)  # [B, K, D]
         end = end_of_text(tokens)
         return HiVGOutput(

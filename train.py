@@ -22,13 +22,11 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import clip_model
 import data
-import hivg
-from clip_model import CLIP, CLIPConfig, HiVGError, Tokenizer, write_text
-from data import add_up, adder, barrier, default_workers, number_from, process_rank, world_size
-from evaluate import evaluate_splits, grounding_dataset, predict, summary
-from hivg import LOSS_WEIGHTS, HiVG, HiVGConfig, compute_losses, save_checkpoint
+from clip_model import HiVGError, write_text
+from data import add_up, process_rank, world_size
+from evaluate import predict, summary
+from hivg import LOSS_WEIGHTS, compute_losses, read_checkpoint, save_checkpoint
 
 # isort: split
 # imports of the sections on building the model, the CLIP for shapes and the command line
@@ -37,11 +35,33 @@ import copy
 import functools
 import os
 from collections import Counter
-from dataclasses import fields, replace
-from itertools import cycle
+from dataclasses import replace
 
 import numpy as np
-import torch.nn.functional as F
+
+from clip_model import (
+    CLIP,
+    MEAN,
+    STD,
+    CLIPConfig,
+    Tokenizer,
+    clip_tokenizer,
+    load_clip,
+    run_main,
+    save_clip,
+    user_error,
+)
+from data import adder, barrier, default_workers, number_from
+from evaluate import evaluate_splits, grounding_dataset
+from hivg import (
+    BRIDGE_TEXT_LAYERS,
+    HiVG,
+    HiVGConfig,
+    load_checkpoint,
+    sincos_grid,
+    symmetric_cross_entropy,
+    with_fresh_pairs,
+)
 
 # -------------------------------------------------------------------------------------------- plans
 
@@ -98,7 +118,6 @@ SHAPES_MODEL = dict(  # its HiVGConfig
 AUTHORS_BATCHES = 7  # of a step: they trained on seven GPUs, with the plan's batch on each
 WEIGHT_DECAY = 1e-4
 MAX_NORM = 1.0  # of the gradient (D5)
-RISING_STEPS = 200  # of a stage, in which the learning rate rises (D4)
 LOOK_EVERY = 20  # steps between two looks at the losses; for each, the CPU waits for the GPU
 
 
@@ -110,7 +129,7 @@ def learning_rate(step, steps, top, hold=0.0):
     f rises from 0 to 1 in the steps hold S ... S: the cosine begins after a share `hold` of them.
     With hold = 1 the rate stays at its top.
     """
-    rise = min(1, (step + 1) / min(RISING_STEPS, 1 + steps / 10))
+    rise = min(1, (step + 1) / min(200, 1 + steps / 10))
     fall = max(0, step - hold * steps) / max(1, steps - hold * steps)
     return top * rise * (1 + math.cos(math.pi * fall)) / 2
 
@@ -216,12 +235,18 @@ def train(model, train_set, val_set, plan, args, last):
                 if is_best:
                     save_checkpoint(output / "best.pt", model)
                 write_text(output / "log.jsonl", "".join(json.dumps(old) + "\n" for old in log))
-                sizes = [len(train_set), len(val_set)]
-                state = {"args": vars(args), "log": log, "sizes": sizes, "steps": bar.n}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                save_checkpoint(output / "last.pt", model, **state)
+                save_checkpoint(
+                    output / "last.pt",
+                    model,
+                    args=vars(args),
+                    log=log,
+                    sizes=[len(train_set), len(val_set)],
+                    steps=bar.n,
+                    optimizer=optimizer.state_dict(),
+                    scaler=scaler.state_dict(),
+                )
         barrier()
-        model, _ = hivg.read_checkpoint(output / "best.pt")  # the next stage starts from it (D13)
+        model, _ = read_checkpoint(output / "best.pt")  # the next stage starts from it (D13)
         model.to(device)
     bar.close()
     return model
@@ -299,7 +324,9 @@ def make_plan(args, model, train_set):
                     f"--{flag.replace('_', '-')}: give one value, or {len(plan)}, one for each "
                     f"stage, {plan[0].number} to {groups}."
                 )
-            plan = [stage._replace(**{flag: value}) for stage, value in zip(plan, cycle(values))]
+            plan = [
+                stage._replace(**{flag: value}) for stage, value in zip(plan, values * len(plan))
+            ]
     count = min(len(train_set), EPOCH_SIZES.get(kind, len(train_set))) // args.batches
     plan = [s._replace(batch_size=min(s.batch_size, count)) for s in plan if s.epochs]
     if not plan or not count:
@@ -313,26 +340,24 @@ def build_model(args, device):
     """HiVG of a new run: with fresh pairs, the model of --init, or one around CLIP, whose vocabulary
     is bpe_vocab.txt.gz beside its file, else CLIP's own."""
     errors = (ValueError, TypeError, RuntimeError, ArithmeticError) if args.model else ()
-    not_fitting = clip_model.user_error(
-        f"--model {args.model} does not fit", "give other values", errors
-    )
+    not_fitting = user_error(f"--model {args.model} does not fit", "give other values", errors)
     if args.init:
-        first = hivg.load_checkpoint(args.init)
+        first = load_checkpoint(args.init)
         torch.manual_seed(args.seed)
         with not_fitting:
-            return hivg.with_fresh_pairs(first, **args.model)
+            return with_fresh_pairs(first, **args.model)
     name, path = args.dataset[0], args.clip or "ViT-B/16"
     is_shapes = name in data.TRAIN_SCENES
     if is_shapes and not args.clip:
         path = Path(args.data_root, name, f"clip_{args.seed}.pt")
         if not path.exists():
             train_shapes_clip(path, args.seed, device)
-    clip = clip_model.load_clip(path)
+    clip = load_clip(path)
     beside = Path(path).with_name("bpe_vocab.txt.gz")
-    tokenizer = Tokenizer(beside) if beside.is_file() else clip_model.clip_tokenizer()
+    tokenizer = Tokenizer(beside) if beside.is_file() else clip_tokenizer()
     if tokenizer.vocab_size != clip.config.vocab_size:
         raise HiVGError(f"{path} is of another vocabulary: put its own beside it, {beside}.")
-    of_twelve = hivg.BRIDGE_TEXT_LAYERS.get(name, (12,))
+    of_twelve = BRIDGE_TEXT_LAYERS.get(name, (12,))
     config = HiVGConfig(
         text_layers=tuple(math.ceil(i * clip.config.text_layers / 12) for i in of_twelve),
         bridge_text="layers" if len(args.dataset) == 1 else "projected",
@@ -362,7 +387,7 @@ def train_shapes_clip(path, seed, device):
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
     captions = data.read_json(folder / "captions.json")  # {image: captions}
     names = np.array(list(captions))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (clip_model.MEAN, clip_model.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
     @functools.cache  # a scene comes up more than once
     def read_scene(name):
@@ -383,12 +408,12 @@ def train_shapes_clip(path, seed, device):
             tokenizer([str(rng.choice(captions[name])) for name in batch])
         )
         logits = clip(read_scenes(batch), tokens.to(device))  # [batch, batch]
-        hivg.symmetric_cross_entropy(logits).backward()
+        symmetric_cross_entropy(logits).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), MAX_NORM)
         optimizer.param_groups[0]["lr"] = learning_rate(step, SHAPES_CLIP_STEPS, SHAPES_CLIP_RATE)
         optimizer.step()
         optimizer.zero_grad()
-    clip_model.save_clip(clip, path)
+    save_clip(clip, path)
 
 
 def init_patches_by_pca(visual, images):
@@ -401,11 +426,13 @@ def init_patches_by_pca(visual, images):
     """
     weight = visual.conv1.weight.requires_grad_(False)
     width, _, patch, _ = weight.shape
-    patches = F.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
+    patches = (
+        torch.nn.functional.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+    )  # [n N, 3 P^2]
     variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
     rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
     weight.copy_(rows.view_as(weight))
-    grid = hivg.sincos_grid(images.shape[-1] // patch, width).to(images.device)
+    grid = sincos_grid(images.shape[-1] // patch, width).to(images.device)
     visual.positional_embedding.data[1:] += grid - rows @ patches.mean(dim=0)
 
 
@@ -435,7 +462,7 @@ def run(args):
         args.workers, args.no_augment = 0, True  # there are plenty, and they stay in memory
     annotations = {name: data.read_annotations(name, args.data_root) for name in args.dataset}
     if last_path.exists():
-        model, last = hivg.read_checkpoint(last_path)
+        model, last = read_checkpoint(last_path)
         check_resumable(args, last, last_path)
     else:
         model = build_model(args, device)
@@ -526,7 +553,7 @@ def main():
     add, path = adder(parser), os.path.expanduser
     add_start = adder(parser.add_mutually_exclusive_group())
     count, positive, real = number_from(0), number_from(1), number_from(0, float)
-    model_fields = [field.name for field in fields(HiVGConfig) if field.name != "stage"]
+    model_fields = [name for name in vars(HiVGConfig()) if name != "stage"]
     # data and weights
     add("--dataset", "one or several", nargs="+", required=True, choices=data.DATASETS)
     add("--data-root", "folder of the data sets (default: data)", type=path, default="data")
@@ -568,7 +595,7 @@ def main():
     args.loss, args.model = LOSS_WEIGHTS | dict(args.loss), dict(args.model)
     from_few = {"own", *data.TRAIN_SCENES} & set(args.dataset)
     args.batches = args.batches or (1 if from_few else AUTHORS_BATCHES)
-    clip_model.run_main(run, args)
+    run_main(run, args)
 
 
 if __name__ == "__main__":

@@ -226,10 +226,9 @@ def save_torchscript(clip, path):
 
 
 def test_what_save_clip_writes_is_read_bit_for_bit(tmp_path):
-    """save_clip writes OpenAI's names; load_clip gives the same weights, every size inferred."""
+    """load_clip gives the same weights, every size inferred."""
     clip = tiny_clip(vision_layers=2, text_layers=1, embed_dim=32, context_length=30, patch_size=8)
     save_clip(clip, tmp_path / "clip.pt")
-    close(torch.load(tmp_path / "clip.pt"), openai_state(clip), 0)
     again = load_clip(tmp_path / "clip.pt")
     assert again.config == clip.config and not again.training
     close(again.state_dict(), clip.state_dict(), 0)

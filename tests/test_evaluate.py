@@ -210,7 +210,7 @@ def test_overlay_cuts_the_padding_away():
     assert drawn.size == (64, 32)
     none, half, most = (
         [0.6 * channel for channel in ImageColor.getrgb(name)]
-        for name in (evaluate.NO_ATTENTION, evaluate.HALF, evaluate.FULL_ATTENTION)
+        for name in ("navy", "crimson", "gold")
     )
     for place, colour in {(60, 2): most, (2, 28): half, (40, 28): none}.items():
         assert drawn.getpixel(place) == pytest.approx(colour, abs=2), place
@@ -247,7 +247,7 @@ def test_one_picture_on_the_command_line(checkpoint, tmp_path, capsys):
     assert box == pytest.approx(expected, abs=0.06)
     drawn = np.asarray(Image.open(tmp_path / "found.png"))
     assert drawn.shape == (300, 500, 3)  # small images are enlarged
-    assert (drawn == evaluate.BOX_COLOURS[0]).all(axis=2).sum() > 200
+    assert (drawn == ImageColor.getrgb(evaluate.BOX_COLOURS[0])).all(axis=2).sum() > 200
     line += ["blue one", "--attention", "--output", tmp_path / "maps.png"]
     assert exit_of(evaluate, *line) is None
     sheet = Image.open(tmp_path / "maps.png")

@@ -250,10 +250,10 @@ def test_layers_of_the_multi_level_features_and_bridges():
         config = HiVGConfig().with_defaults(sizes)
         assert (config.visual_layers, config.bridge_layers) == (V, C)
     for field in ("visual_layers", "bridge_layers", "text_layers"):
-        with pytest.raises(HiVGError, match="99"):
+        with pytest.raises(HiVGError, match="99.*layers 1 to"):
             HiVG(HiVGConfig(**{field: (1, 99)}), clip)
     for field in ("visual_layers", "text_layers"):  # of bridges there may be none
-        with pytest.raises(HiVGError, match=f"{field}: name"):
+        with pytest.raises(HiVGError, match="choose among"):
             HiVG(HiVGConfig(**{field: ()}), clip)
 
 
