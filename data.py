@@ -10,8 +10,8 @@ An image is scaled and padded to the square that the model sees; boxes go with i
 
 Reading order: that geometry, augmentation, GroundingDataset and its batches, annotation files,
 robust reading of images, the shapes data set (which is generated), device, processes and command
-line, check and download. This file knows no model: of clip_model.py it takes errors, PlainUnpickler
-and a few functions on texts.
+line, check and download. This file knows no model: of clip_model.py it takes errors, the
+readers of files and a few functions on texts.
 
 Boxes are x1, y1, x2, y2 in pixels of the image as stored (one's own: as viewers show it), except
 where a docstring says cx, cy, w, h: those are 0..1 of the padded square. Letters: S side of the

@@ -99,7 +99,7 @@ PLANS = {  # rows: stage, epochs, top rate, batch size, hold; looked up by data 
         (-1, 10, 2.5e-4, 32), (0, 30, 2.5e-4, 32), (1, 10, 1e-4, 32),
         (2, 10, 5e-5, 32), (3, 10, 2e-5, 32)],
     "shapes": [  # docs/shapes-notes.md says why
-        (-1, 9, 2e-3, 64, 1.0), (0, 2, 2e-3, 64, 1.0), (1, 1, 1.6e-3, 64, 1.0),
+        (-1, 7, 2e-3, 64, 1.0), (0, 1, 2e-3, 64, 1.0), (1, 1, 1.6e-3, 64, 1.0),
         (2, 1, 1.3e-3, 64, 1.0), (3, 4, 1e-3, 64)],
     "shapes-long": [
         (-1, 20, 1.4e-3, 128, 1.0), (0, 16, 1.4e-3, 128, 0.2), (1, 1, 6e-4, 128, 0.2),
@@ -109,7 +109,7 @@ PLANS = {  # rows: stage, epochs, top rate, batch size, hold; looked up by data 
 EPOCH_SIZES = {"shapes": 11_800, "shapes-long": 45_300}  # others: all expressions
 SHAPES_MODEL = dict(  # its HiVGConfig
     bridge_layers=(3,),
-    grounding_layers=3,
+    grounding_layers=4,
     feedforward=192,
     region_width=192,
     dropout=0.0,
