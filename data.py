@@ -831,9 +831,9 @@ SORTS = {  # of a scene's expressions. Of scenes that look alike those of the fi
 SCENES = {"val": 240, "testA": 120, "testB": 150, "test": 730}
 TRAIN_SCENES = {"shapes": 26_000, "shapes-long": 100_000}
 # fmt: off
-TURN = [math.tau * step / 40 for step in range(40)]
 KINDS = {  # polygons in a box of 100 x 100, y downwards
-    "circle": [(50 + 50 * math.cos(t), 50 + 50 * math.sin(t)) for t in TURN],
+    "circle": [(50 + 50 * math.cos(t), 50 + 50 * math.sin(t))
+               for t in (math.tau * step / 40 for step in range(40))],
     "square": [(0, 0), (100, 0), (100, 100), (0, 100)],
     "triangle": [(50, 0), (100, 100), (0, 100)],
     "diamond": [(50, 0), (100, 50), (50, 100), (0, 50)],

@@ -381,7 +381,7 @@ def train_shapes_clip(path, seed, device):
     Contrastive, as CLIP was: whole train scenes against captions of what is in them, no boxes. That
     is the gap between scenes and regions that the paper starts from (Fig. 1).
     """
-    folder, S = path.parent, SHAPES_CLIP.image_size
+    folder = path.parent
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     tokenizer = Tokenizer(folder / "bpe_vocab.txt.gz")
@@ -391,13 +391,16 @@ def train_shapes_clip(path, seed, device):
 
     @functools.cache  # a scene comes up more than once
     def read_scene(name):
-        return data.preprocess(data.load_image(folder / name), S)[0]  # uint8 [3, S, S]
+        image = data.load_image(folder / name)
+        return data.preprocess(image, SHAPES_CLIP.image_size)[0]  # uint8 [3, S, S]
 
     def read_scenes(names):  # -> float32 [n, 3, S, S]
         squares = torch.stack([read_scene(name) for name in names])
         return ((squares / 255 - mean) / std).to(device)
 
     clip = CLIP(replace(SHAPES_CLIP, vocab_size=tokenizer.vocab_size)).to(device)
+    # the text tower's blocks stay random, and keep words apart; trained, they forget many of them
+    clip.transformer.requires_grad_(False)
     init_patches_by_pca(clip.visual, read_scenes(names[:1500]))
     optimizer = torch.optim.AdamW(
         clip.parameters(), weight_decay=0.05, betas=(0.9, 0.98), fused=True

@@ -4,6 +4,7 @@ import functools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,7 +135,10 @@ def test_ctrl_c_and_the_log_of_a_cluster(augmented, tmp_path, whole, capfd):
     assert "--resume" in said[-1] and len(log_of(output)) == 2
     assert exit_of(train, *words, "--resume") is None
     printed = capfd.readouterr()
-    assert printed.err.count("\n") < 30 and not printed.err.strip()
+    written = [part for part in re.split("[\r\n]", printed.err) if part.strip()]
+    assert len(written) < 30 and all(
+        "%|" in bar for bar in written
+    )  # a bar a minute, if it is slow
     assert printed.out.count("val Acc@0.5") == 6  # a line for each epoch that was left
     assert_same_run(output, whole)
 
