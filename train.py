@@ -390,9 +390,8 @@ def train_shapes_clip(path, seed, device):
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
 
     @functools.cache  # a scene comes up more than once
-    def read_scene(name):
-        image = data.load_image(folder / name)
-        return data.preprocess(image, SHAPES_CLIP.image_size)[0]  # uint8 [3, S, S]
+    def read_scene(name):  # -> uint8 [3, S, S]
+        return data.preprocess(data.load_image(folder / name), SHAPES_CLIP.image_size)[0]
 
     def read_scenes(names):  # -> float32 [n, 3, S, S]
         squares = torch.stack([read_scene(name) for name in names])
