@@ -22,7 +22,7 @@ import data
 import evaluate
 import hivg
 import train
-from clip_model import HiVGError, load_clip, save_clip
+from clip_model import CLIP, HiVGError, load_clip, save_clip
 from hivg import HiVGConfig, load_checkpoint
 
 
@@ -565,7 +565,12 @@ def test_shapes_from_nothing(monkeypatch, tmp_path, capsys):
     line += ["--batch-size", 32, "--device", "cpu", "--output"]
     assert exit_of(train, *line, tmp_path / "a") is None
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    assert root / "shapes/clip_0.pt" in stamps
+    clip = load_clip(root / "shapes/clip_0.pt")
+    torch.manual_seed(0)
+    start = CLIP(clip.config).state_dict()
+    moved = {name for name, weight in clip.state_dict().items() if not weight.equal(start[name])}
+    assert {"token_embedding.weight", "visual.proj"} < moved  # the text blocks stay random
+    assert not any(name.startswith("transformer.") for name in moved)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert "stopped" in exit_of(train, *line, tmp_path / "b")
