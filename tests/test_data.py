@@ -176,6 +176,13 @@ def test_an_image_in_its_square(size):
     close(box_to_square((0, 0, *size), geometry) * 224, whole, 1e-3)
 
 
+def test_scaling_is_an_average():
+    """Stripes of single pixels become grey; leaving pixels out would keep them, or one of the two."""
+    stripes = Image.fromarray(np.tile(np.uint8([[0], [255]]), (160, 320))).convert("RGB")
+    square, _ = data.preprocess(stripes, 64)
+    assert abs(square.float()[:, 2:-2] - 127.5).max() < 15
+
+
 def test_boxes_are_cut_at_the_region():
     """A predicted box comes back inside the image; an annotated one is cut at the crop. Both follow
     the crop's place and scale, for one box and for a batch with a Geometry for each."""
