@@ -718,8 +718,9 @@ def open_split(annotations, split, **options):
         samples, notes = content.samples, dict(content.notes)
         if held_out:
             samples = [sample for sample in samples if sample.image not in held_out]
-        left_out = "left out, since another set tests on their images"
-        notes[left_out] = len(content.samples) - len(samples)
+        notes["left out, since another set tests on their images"] = len(content.samples) - len(
+            samples
+        )
         report += [f"{name}, {split}: {count:,} {note}" for note, count in notes.items() if count]
         selected.append(samples)
     samples = selected[0] if len(selected) == 1 else PackedSamples(itertools.chain(*selected))
@@ -831,9 +832,9 @@ SORTS = {  # of a scene's expressions. Of scenes that look alike those of the fi
 SCENES = {"val": 240, "testA": 120, "testB": 150, "test": 730}
 TRAIN_SCENES = {"shapes": 26_000, "shapes-long": 100_000}
 # fmt: off
+TURN = [math.tau * step / 40 for step in range(40)]
 KINDS = {  # polygons in a box of 100 x 100, y downwards
-    "circle": [(50 + 50 * math.cos(t), 50 + 50 * math.sin(t))
-               for t in (math.tau * step / 40 for step in range(40))],
+    "circle": [(50 + 50 * math.cos(t), 50 + 50 * math.sin(t)) for t in TURN],
     "square": [(0, 0), (100, 0), (100, 100), (0, 100)],
     "triangle": [(50, 0), (100, 100), (0, 100)],
     "diamond": [(50, 0), (100, 50), (50, 100), (0, 50)],
@@ -1126,8 +1127,10 @@ def setup_device(name=None):
         # out up to 0.05 off.
         torch.set_float32_matmul_precision("high")
     if distributed:
-        hint = "see MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME; on one machine: --standalone"
-        with user_error("The processes cannot reach one another", hint):
+        with user_error(
+            "The processes cannot reach one another",
+            "see MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME; on one machine: --standalone",
+        ):
             socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try for hours
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             # the first process may prepare data for a while, and the others wait for it

@@ -428,9 +428,8 @@ def init_patches_by_pca(visual, images):
     """
     weight = visual.conv1.weight.requires_grad_(False)
     width, _, patch, _ = weight.shape
-    patches = (
-        torch.nn.functional.unfold(images, patch, stride=patch).transpose(1, 2).flatten(0, 1)
-    )  # [n N, 3 P^2]
+    patches = torch.nn.functional.unfold(images, patch, stride=patch)  # [n, 3 P^2, N]
+    patches = patches.transpose(1, 2).flatten(0, 1)  # [n N, 3 P^2]
     variances, components = torch.linalg.eigh(torch.cov(patches.T))  # ascending; [3 P^2, 3 P^2]
     rows = (components / variances.sqrt()).T[-width:]  # [d_v, 3 P^2]
     weight.copy_(rows.view_as(weight))
